@@ -1,0 +1,197 @@
+"""What is refused before anything starts: impossible choices and combinations, and code outside the allowlist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from calotype.config import Autoencoder, Condition, Train, TrainAutoencoder, TrainDenoiser
+from calotype.errors import ConfigError
+
+# Code that a config may name with `_target_`.  Everything else is refused before anything is imported.
+TARGETS = ("diffusers.", "transformers.", "torch.optim.")
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "data.kind": ("digits", "folder"),
+    "data.captions": ("sidecar", "table", "folder_name", "none"),
+    "autoencoder.kind": ("kl", "pretrained", "identity"),
+    "encoding.dtype": ("float16", "float32"),
+    "encoding.posterior": ("gaussian", "deterministic"),
+    "conditions.*.kind": ("cross", "class"),
+    "conditions.*.source": ("text", "label"),
+    "conditions.*.mode": ("tokens", "full"),
+    "diffusion.prediction": ("epsilon", "v_prediction"),
+    "diffusion.schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "optim.schedule": ("constant", "cosine", "linear"),
+    "engine.kind": ("deepspeed", "torch"),
+    "engine.stage": (0, 1, 2, 3),
+    "engine.precision": ("fp32", "bf16", "fp16"),
+    "cluster.kind": ("ray", "local"),
+    "track.kind": ("mlflow", "none"),
+    "sampler.kind": ("ddim", "dpm++", "euler"),
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "data.held_out": (0, 0.9),
+    "data.image_size": (8, 4096),
+    "data.shard_samples": (1, 1e9),
+    "data.chunk_samples": (1, 1e6),
+    "data.max_pixels": (1, 1e9),
+    "data.max_caption": (1, 1e6),
+    "autoencoder.f": (1, 64),
+    "autoencoder.channels": (1, 1024),
+    "encoding.resolution": (8, 16384),
+    "encoding.batch": (1, 65536),
+    "conditions.*.drop": (0, 1),
+    "conditions.*.length": (1, 4096),
+    "diffusion.timesteps": (1, 1e6),
+    "optim.lr": (0, 1e3),
+    "optim.clip": (0, 1e9),
+    "ema.halflife": (0, 1e12),
+    "train.images": (1, 1e15),
+    "train.batch": (1, 1e7),
+    "train.window": (1, 1e7),
+    "train.log_every": (1, 1e15),
+    "train.checkpoint_every": (1, 1e15),
+    "train.keep": (1, 1e6),
+    "engine.micro_batch": (0, 1e7),
+    "cluster.workers": (1, 1e6),
+    "cluster.cpus": (1, 1e5),
+    "cluster.gpus": (0, 64),
+    "sampler.steps": (1, 10_000),
+    "sampler.guidance": (0, 1e3),
+    "sampler.batch": (1, 1e6),
+}
+
+
+def check(config: Any) -> None:
+    """Refuse, with one `ConfigError`, a job config that could not run.
+
+    Args:
+        config: one of `config.JOBS`, or any object with some of their groups.
+    """
+    for setting, allowed in CHOICES.items():
+        for name, value in _values(config, setting):
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not known: choose one of {', '.join(map(str, allowed))}")
+    for setting, (low, high) in RANGES.items():
+        for name, value in _values(config, setting):
+            if not low <= value <= high:
+                raise ConfigError(f"{name}={value} is out of range: {low:g} to {high:g}")
+    for name, group in vars(config).items():
+        check_targets(vars(group) if hasattr(group, "__dict__") else group, name)
+    if isinstance(config, TrainAutoencoder):
+        _check_autoencoder(config.autoencoder, config.resolution, "resolution")
+        if config.autoencoder.kind != "kl":
+            raise ConfigError(f"autoencoder.kind={config.autoencoder.kind} has nothing to train: "
+                              "choose an architecture, such as autoencoder=kl_f4")
+    elif hasattr(config, "encoding"):
+        _check_autoencoder(config.autoencoder, config.encoding.resolution, "encoding.resolution")
+        if config.autoencoder.kind == "kl":
+            raise ConfigError("autoencoder.kind=kl is an architecture without weights: use autoencoder=pretrained "
+                              "autoencoder.path=run:NAME (your train_autoencoder run) or a diffusers folder")
+        for name, condition in config.conditions.items():
+            _check_condition(name, condition)
+    if isinstance(config, TrainDenoiser):
+        check_denoiser(config)
+    if hasattr(config, "train"):
+        _check_train(config.train)
+    if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
+        raise ConfigError(f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "
+                          "set cluster.workers=1 or cluster=ray")
+
+
+def check_targets(node: Any, where: str) -> None:
+    """Refuse every `_target_`, however deep, that is not under an allowed prefix (resolved code is checked again)."""
+    if hasattr(node, "__dataclass_fields__"):
+        node = vars(node)
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "_target_" and not (isinstance(value, str) and value.startswith(TARGETS)):
+                raise ConfigError(f"{where}._target_={value!r} is not allowed: "
+                                  f"name something under {', '.join(TARGETS)}")
+            check_targets(value, f"{where}.{key}")
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            check_targets(value, f"{where}[{index}]")
+
+
+def latent_shape(autoencoder: Autoencoder, resolution: int) -> tuple[int, int, int]:
+    """Shape (C, h, w) of one latent of a `resolution` x `resolution` image."""
+    return autoencoder.channels, resolution // autoencoder.f, resolution // autoencoder.f
+
+
+def cross_width(conditions: Mapping[str, Condition]) -> int | None:
+    """Width of the sequence that cross-attention reads; None without one or when only its folder knows."""
+    for condition in conditions.values():
+        if condition.kind == "cross":
+            width = condition.encoder.get("config", {}).get("hidden_size")
+            return int(width) if width is not None else None
+    return None
+
+
+def check_denoiser(config: TrainDenoiser) -> None:
+    """Refuse a denoiser whose sizes contradict its latents or its conditions."""
+    channels, height, _ = latent_shape(config.autoencoder, config.encoding.resolution)
+    model = config.denoiser.model
+    for key, value, why in (
+        ("in_channels", channels, "autoencoder.channels"),
+        ("out_channels", channels, "autoencoder.channels"),
+        ("sample_size", height, "encoding.resolution / autoencoder.f"),
+        ("cross_attention_dim", cross_width(config.conditions), "width of the text encoder"),
+    ):
+        if model.get(key) is not None and value is not None and model[key] != value:
+            raise ConfigError(f"denoiser.model.{key}={model[key]} but {why} is {value}: "
+                              f"set denoiser.model.{key}={value} or leave it out")
+    blocks = model.get("block_out_channels", ())
+    if blocks and height % 2 ** (len(blocks) - 1):
+        raise ConfigError(f"latents of {height}x{height} cannot be halved {len(blocks) - 1} times: use fewer "
+                          "denoiser.model.block_out_channels or a larger encoding.resolution")
+
+
+def _check_autoencoder(autoencoder: Autoencoder, resolution: int, name: str) -> None:
+    if resolution % autoencoder.f:
+        raise ConfigError(f"{name}={resolution} is not a multiple of autoencoder.f={autoencoder.f}")
+    model = autoencoder.model
+    blocks = model.get("block_out_channels")
+    if blocks and 2 ** (len(blocks) - 1) != autoencoder.f:
+        raise ConfigError(f"autoencoder.f={autoencoder.f} but {len(blocks)} autoencoder.model.block_out_channels "
+                          f"downsample by {2 ** (len(blocks) - 1)}")
+    if model.get("latent_channels", autoencoder.channels) != autoencoder.channels:
+        raise ConfigError(f"autoencoder.channels={autoencoder.channels} but autoencoder.model.latent_channels="
+                          f"{model['latent_channels']}")
+    if autoencoder.kind == "identity" and (autoencoder.f, autoencoder.channels) != (1, 3):
+        raise ConfigError("autoencoder.kind=identity is pixel space: autoencoder.f=1 autoencoder.channels=3")
+    if autoencoder.kind == "pretrained" and not autoencoder.path and not autoencoder.digest:
+        raise ConfigError("autoencoder.path is missing: name a diffusers folder, a hub id or run:NAME")
+
+
+def _check_condition(name: str, condition: Condition) -> None:
+    where = f"conditions.{name}"
+    if "." in name or "/" in name:
+        raise ConfigError(f"{where}: the name of a condition becomes a member of each sample, without . or /")
+    if condition.kind == "class" and (condition.source != "label" or condition.classes < 1):
+        raise ConfigError(f"{where}.kind=class needs {where}.source=label and {where}.classes >= 1")
+    if condition.kind == "cross" and condition.source == "text":
+        if condition.mode == "tokens" and not condition.encoder:
+            raise ConfigError(f"{where}.mode=tokens trains a text encoder: give {where}.encoder")
+        if condition.mode == "full" and not condition.path:
+            raise ConfigError(f"{where}.mode=full caches a frozen text encoder: give {where}.path")
+    elif condition.kind == "cross":
+        raise ConfigError(f"{where}.kind=cross needs {where}.source=text")
+
+
+def _check_train(train: Train) -> None:
+    if train.lanes < 0 or (train.lanes and train.batch % train.lanes):
+        raise ConfigError(f"train.lanes={train.lanes} does not divide train.batch={train.batch}")
+
+
+def _values(config: Any, setting: str) -> Iterator[tuple[str, Any]]:
+    """(full name, value) of a dotted setting where the config has it; `*` runs over a mapping."""
+    nodes: list[tuple[str, Any]] = [("", config)]
+    for part in setting.split("."):
+        if part == "*":
+            nodes = [(f"{name}.{key}", value) for name, node in nodes for key, value in node.items()]
+        else:
+            nodes = [(f"{name}.{part}".lstrip("."), getattr(node, part)) for name, node in nodes if hasattr(node, part)]
+    yield from nodes

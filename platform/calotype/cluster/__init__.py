@@ -1,0 +1,1 @@
+"""Ray: where bodies run, and the embedded stack."""

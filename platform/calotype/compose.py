@@ -1,0 +1,204 @@
+"""Hydra composes, once, where the user types; jobs, CLI and tests share this one way in.
+
+A composed config is checked, becomes frozen dataclasses, travels as JSON, and has an identity: the digest of what
+changes the computation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from calotype.checks import check
+from calotype.config import JOBS, MISSING
+from calotype.errors import ConfigError
+
+T = TypeVar("T")
+
+IDENTITY_VERSION = 1
+HERE = Path(__file__).resolve().parent
+
+
+def shipped(folder: str) -> Path:
+    """`conf` or `jobs`: beside platform/ in a checkout, inside the package in a wheel."""
+    checkout = HERE.parents[1] / folder
+    return checkout if (HERE.parents[1] / "pyproject.toml").exists() else HERE / folder
+
+
+def compose(job: str, overrides: Sequence[str] = ()) -> Any:
+    """Compose and check the config of `job`, as `python jobs/JOB.py OVERRIDES` would.
+
+    Raises:
+        ConfigError: unknown key or option, wrong type, missing value or impossible combination, in one sentence.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    store_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+            node = hydra_compose(job, list(overrides))
+        return validated(job, node)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_sentence(error)) from None
+
+
+def hydra_main(job: str, body: Callable[[Any], Any], argv: Sequence[str]) -> None:
+    """Run `body(config)` under Hydra's own command line (`--cfg job`, `-m`, `--help`, completion); -m calls it often."""
+    import hydra
+
+    store_schemas()
+
+    def run(node: Any) -> Any:
+        return body(validated(job, node))
+
+    argv0, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        hydra.main(config_path=str(shipped("conf")), config_name=job, version_base="1.3")(run)()
+    finally:
+        sys.argv = argv0
+
+
+def validated(job: str, node: Any) -> Any:
+    """Composed DictConfig -> frozen, checked dataclass."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise ConfigError(f"{missing[0]} is missing: give {missing[0]}=...")
+        config = build(JOBS[job], OmegaConf.to_container(node, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_sentence(error)) from None
+    check(config)
+    return config
+
+
+def one_sentence(error: BaseException) -> str:
+    """The lines of a Hydra error that tell the user what to change."""
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in f"{error}\n{cause if cause is not error else ''}".splitlines() if line.strip()]
+    keep = [line for line in lines if not line.startswith(("object_type", "reference_type", "Set the environment"))]
+    return " ".join(dict.fromkeys(keep)) or type(error).__name__
+
+
+# ------------------------------------------------------------------------------ schemas for OmegaConf, data for us
+
+
+def store_schemas() -> None:
+    """Register `schema/JOB` for every job, so that Hydra refuses unknown keys and wrong types as it composes."""
+    from hydra.core.config_store import ConfigStore
+
+    for job, cls in JOBS.items():
+        ConfigStore.instance().store(group="schema", name=job, package="_global_", node=_mutable(cls))
+
+
+def _mutable(cls: Any, seen: dict[Any, Any] = {}) -> Any:  # noqa: B006 (a cache)
+    """The same dataclass without `frozen`: OmegaConf makes frozen ones read-only, even to overrides."""
+    if not dataclasses.is_dataclass(cls):
+        origin, args = typing.get_origin(cls), typing.get_args(cls)
+        return origin[tuple(_mutable(a) for a in args)] if origin is dict else cls
+    if cls not in seen:
+        fields: list[Any] = []
+        for item, hint in _fields(cls):
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            made = _mutable(hint)
+            if dataclasses.is_dataclass(hint):
+                fields.append((item.name, made, dataclasses.field(default_factory=made)))
+            else:
+                fields.append((item.name, made, dataclasses.field(default_factory=lambda d=default: d)))  # type: ignore[misc]
+        seen[cls] = dataclasses.make_dataclass(str(cls.__name__), fields)
+    return seen[cls]
+
+
+def _fields(cls: Any) -> list[tuple[Any, Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(item, hints[item.name]) for item in dataclasses.fields(cls)]
+
+
+def build(cls: type[T], data: Any) -> T:
+    """Plain data (as from JSON) -> frozen dataclass; unknown keys and wrong types are refused by name."""
+    return typing.cast(T, _build(cls, data, ""))
+
+
+def _build(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where or 'config'} must be a group of settings, not {value!r}")
+        fields = dict((item.name, kind) for item, kind in _fields(hint))
+        for key in value:
+            if key not in fields:
+                raise ConfigError(f"{where}{'.' if where else ''}{key} is not a setting: known are {', '.join(fields)}")
+        made = {key: _build(fields[key], item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+        return hint(**made)  # type: ignore[operator]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return {str(key): _build(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple:
+        if len(value) != len(args):
+            raise ConfigError(f"{where}={value!r} must have {len(args)} values")
+        return tuple(_build(a, v, where) for a, v in zip(args, value, strict=True))
+    if origin is list:
+        return [_build(args[0], item, where) for item in value]
+    if origin is types.UnionType:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is not Any and not (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
+        raise ConfigError(f"{where}={value!r} must be {hint.__name__}")
+    return value
+
+
+def as_data(config: Any) -> dict[str, Any]:
+    """Frozen dataclass -> plain data that JSON holds and `build` reads back."""
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+# ------------------------------------------------------------------------------------------------ identity
+
+
+def identity_fields(config: Any) -> dict[str, Any]:
+    """The settings that change what a run computes and differ from their defaults.
+
+    Left out defaults mean that a field added later never orphans an old run.
+    """
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if not item.metadata.get("identity", True):
+            continue
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if dataclasses.is_dataclass(value):
+            inner = identity_fields(value)
+            if inner:
+                found[item.name] = inner
+        elif isinstance(value, dict) and any(dataclasses.is_dataclass(entry) for entry in value.values()):
+            found[item.name] = {key: identity_fields(entry) for key, entry in value.items()}
+        elif value != default or default == MISSING:
+            found[item.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def identity(job: str, config: Any) -> str:
+    """32 hex digits naming what is computed: same identity, same run (it resumes, or is done)."""
+    settings = identity_fields(config)
+    if "train" in settings and config.optim.schedule == "constant":
+        settings["train"].pop("images", None)  # a longer run continues the shorter one
+    return digest_of({"version": IDENTITY_VERSION, "job": job, "settings": settings})[:32]
+
+
+def digest_of(data: Any) -> str:
+    """sha256 of canonical JSON, in hex."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

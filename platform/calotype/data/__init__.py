@@ -1,0 +1,1 @@
+"""Bytes: stores, shards, the stream, and latent caches."""
