@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import types
 import typing
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from calotype.checks import check
-from calotype.config import JOBS, MISSING
+from calotype.config import JOBS, MISSING, Autoencoder, Data
 from calotype.errors import ConfigError
 
 T = TypeVar("T")
@@ -54,18 +55,32 @@ def compose(job: str, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(one_sentence(error)) from None
 
 
-def hydra_main(job: str, body: Callable[[Any], Any], argv: Sequence[str]) -> None:
-    """Run `body(config)` under Hydra's own command line (`--cfg job`, `-m`, `--help`, completion); -m calls it often."""
+def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Sequence[str]) -> None:
+    """Run `body(config, overrides)` under Hydra's own command line: `--cfg job`, `-m`, `--help`, shell completion.
+
+    With -m the body is called once per combination, with that combination's overrides; otherwise with None.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
 
     store_schemas()
 
     def run(node: Any) -> Any:
-        return body(validated(job, node))
+        runtime = HydraConfig.get()
+        return body(validated(job, node), list(runtime.overrides.task) if runtime.mode == RunMode.MULTIRUN else None)
 
     argv0, sys.argv = sys.argv, [sys.argv[0], *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one sentence
     try:
         hydra.main(config_path=str(shipped("conf")), config_name=job, version_base="1.3")(run)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_sentence(error)) from None
     finally:
         sys.argv = argv0
 
@@ -174,6 +189,8 @@ def identity_fields(config: Any) -> dict[str, Any]:
 
     Left out defaults mean that a field added later never orphans an old run.
     """
+    if isinstance(config, Data | Autoencoder) and config.digest:
+        return {"digest": config.digest}  # resolved: the content stands for how it came to be
     found: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)

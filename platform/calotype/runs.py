@@ -66,7 +66,7 @@ class Record:
         """finished | failed | cancelled | started (running, or killed)."""
         if self.store.exists("result.json"):
             return "finished"
-        last = _last_attempt(self.store)
+        last = last_attempt(self.store)
         ended = _read_json(self.store, f"attempts/{last:04d}.end") if last else None
         return str(ended["status"]) if ended else "started"
 
@@ -76,9 +76,9 @@ class Record:
         Raises:
             Superseded: this process is a leftover.
         """
-        if self.attempt and _last_attempt(self.store) != self.attempt:
+        if self.attempt and last_attempt(self.store) != self.attempt:
             raise Superseded(f"attempt {self.attempt} of {self.job} {self.identity[:8]} was superseded by attempt "
-                             f"{_last_attempt(self.store)}: this one stops without writing")
+                             f"{last_attempt(self.store)}: this one stops without writing")
 
 
 def done(job: str, config: Any) -> Record | None:
@@ -150,7 +150,7 @@ def begin(job: str, config: Any, create: Callable[[str], tuple[str, str]], disca
     names = open_store(config.root).at("names", job, config.name)
     if not any(entry.key.endswith(run) for entry in names.list()):
         names.publish(f"{int(record.created * 1000):014d}-{run}", b"")
-    attempt = _last_attempt(store)
+    attempt = last_attempt(store)
     if attempt and (who := alive(record, attempt)):
         raise CalotypeError(f"{job} {config.name} ({run[:8]}) is already running as attempt {attempt} on {who}: "
                             f"wait for it, or `calotype cancel` it")
@@ -223,7 +223,8 @@ def first_attempt_started(record: Record) -> float:
     return float(claim.get("started", time.time()))
 
 
-def _last_attempt(store: Store) -> int:
+def last_attempt(store: Store) -> int:
+    """Number of the newest attempt of the run in `store`; 0 before the first."""
     numbers = [int(entry.key[9:13]) for entry in store.list("attempts/") if entry.key.endswith(".json")]
     return max(numbers, default=0)
 

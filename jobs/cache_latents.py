@@ -1,0 +1,34 @@
+"""Encode a dataset once, so that the denoiser trains on latents.
+
+    python jobs/cache_latents.py data=digits autoencoder.path=run:mine
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calotype.cli import job_main
+from calotype.cluster import spread
+from calotype.config import CacheLatents
+from calotype.console import Progress
+from calotype.runs import Record
+from calotype.tasks import cache
+from calotype.track import Tracker
+
+resolve = cache.resolve
+
+
+def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any]:
+    units = cache.plan(config)
+    made = []
+    with Progress(len(units), "shards", "encode") as progress:
+        for _, result in spread.map(cache.make, config, units):
+            made.append(result)
+            progress.update(len(made))
+    figures = cache.commit(config, made)
+    tracker.picture("reconstructions", cache.picture(config), 0)
+    return figures
+
+
+if __name__ == "__main__":
+    job_main("cache_latents", resolve, run)

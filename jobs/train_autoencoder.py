@@ -1,0 +1,25 @@
+"""Train the autoencoder that latents are made with.
+
+    python jobs/train_autoencoder.py data=digits autoencoder=kl_f4_tiny
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calotype.cli import job_main
+from calotype.cluster import spread
+from calotype.config import TrainAutoencoder
+from calotype.runs import Record
+from calotype.tasks import autoencoder
+from calotype.track import Tracker
+
+resolve = autoencoder.resolve
+
+
+def run(config: TrainAutoencoder, record: Record, tracker: Tracker) -> dict[str, Any]:
+    return spread.train(autoencoder.train, config, record)
+
+
+if __name__ == "__main__":
+    job_main("train_autoencoder", resolve, run)

@@ -1,0 +1,5 @@
+"""`python -m calotype` is `calotype`."""
+
+from calotype.cli import main
+
+main()

@@ -1,0 +1,364 @@
+"""The verbs of `calotype`, and how a file in jobs/ runs; thin: every verb calls one function of a room."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from calotype import __version__, compose, console, runs, track
+from calotype.config import JOBS
+from calotype.data.store import open_store
+from calotype.environment import home, load_services
+from calotype.errors import CalotypeError
+
+Run = Callable[[Any, runs.Record, track.Tracker], dict[str, Any]]
+Resolve = Callable[[Any], Any]
+
+
+# ------------------------------------------------------------------------------------------------ one job
+
+
+def job_main(job: str, resolve: Resolve, run: Run) -> None:
+    """What `python jobs/JOB.py` does: compose, check, resolve and run here; `--resolved URI` runs what was submitted."""
+    argv = sys.argv[1:]
+    with said_in_one_sentence():
+        load_services()
+        if argv[:1] == ["--resolved"]:
+            folder, _, key = argv[1].rpartition("/")
+            data = json.loads(open_store(folder).read(key))
+            execute(job, compose.build(JOBS[job], data), run)
+            return
+        sweep = Sweep(job)
+
+        def body(config: Any, overrides: list[str] | None) -> None:
+            with sweep.child(config, overrides) as child:
+                resolved = resolve(child)
+                if not _already_done(job, resolved):
+                    execute(job, resolved, run)
+
+        compose.hydra_main(job, body, argv)
+        sweep.close()
+
+
+def execute(job: str, config: Any, run: Run) -> dict[str, Any]:
+    """Open the run's record, run the body, publish its result.
+
+    Returns:
+        The result; empty when the run was stopped before its end (the same command goes on).
+    """
+    start = time.monotonic()
+    record = runs.begin(job, config, lambda identity: track.create_run(config, job, identity), track.discard_run)
+    with runs.attempt_of(record) as publish, track.open_run(config, record) as tracker:
+        result = run(config, record, tracker)
+        if result:
+            result["seconds"] = round(time.monotonic() - start, 1)
+            publish(result)
+            tracker.figures(result)
+    if result:
+        show_result(record, result)
+    else:
+        print(f"{job} {record.name} stopped before its end; the same command goes on from its last checkpoint")
+    return result
+
+
+def show_result(record: runs.Record, result: dict[str, Any]) -> None:
+    rows = [[key, console.figure(value)] for key, value in sorted(result.items()) if not isinstance(value, dict | list)]
+    rows += [["run", record.identity], ["artifacts", record.artifact_root]]
+    if record.mlflow_run_id:
+        rows.append(["MLflow", track.page(record.mlflow_run_id)])
+    console.table(f"{record.job}: {record.name}", ["figure", "value"], rows)
+
+
+def _already_done(job: str, config: Any) -> bool:
+    record = runs.done(job, config)
+    if record is not None:
+        print(f"{job} {config.name}: finished already, nothing to do (run {record.identity[:8]})")
+        show_result(record, record.result())
+    return record is not None
+
+
+class Sweep:
+    """The children of one `-m`: one parent run in MLflow; a failing child does not stop its siblings."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self.parent = ""
+        self.failures: list[str] = []
+
+    @contextlib.contextmanager
+    def child(self, config: Any, overrides: list[str] | None) -> Iterator[Any]:
+        """The config to run: as it is, or (under -m) as a child of the parent run."""
+        if overrides is None:
+            yield config
+            return
+        label = " ".join(overrides)
+        print(f"--- {self.job} {label}", flush=True)
+        if not self.parent and config.track.kind == "mlflow":
+            self.parent = track.open_parent(config, self.job)
+        try:
+            yield dataclasses.replace(config, track=dataclasses.replace(config.track, parent=self.parent))
+        except CalotypeError as error:
+            print(f"calotype: {error}", file=sys.stderr, flush=True)
+            self.failures.append(f"{label}: {error}")
+
+    def close(self) -> None:
+        """End the parent run; a CalotypeError names the children that failed."""
+        if self.parent:
+            track.close_parent(self.parent, "FAILED" if self.failures else "FINISHED")
+        if self.failures:
+            raise CalotypeError("; ".join(self.failures))
+
+
+@contextlib.contextmanager
+def said_in_one_sentence() -> Iterator[None]:
+    """A CalotypeError becomes one line on stderr and exit code 1."""
+    try:
+        yield
+    except CalotypeError as error:
+        print(f"calotype: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except BrokenPipeError:  # `calotype logs ID | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("calotype: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# --------------------------------------------------------------------------------------------- submission
+
+
+def job_module(job: str) -> Any:
+    """The file jobs/JOB.py as a module: its `resolve` and `run`."""
+    path = compose.shipped("jobs") / f"{job}.py"
+    spec = importlib.util.spec_from_file_location(f"calotype_job_{job}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def submit_config(job: str, config: Any) -> str | None:
+    """Resolve and submit one checked config; the submission's id, or None when it is finished already.
+
+    Raises:
+        CalotypeError: an input is missing, or the same run is alive.
+    """
+    from calotype.cluster import jobs
+
+    if config.cluster.kind == "local":
+        raise CalotypeError(f"cluster=local is not submitted: run `python jobs/{job}.py` with the same settings")
+    resolved = job_module(job).resolve(config)
+    if _already_done(job, resolved):
+        return None
+    identity = compose.identity(job, resolved)
+    record = runs.load(resolved.root, identity)
+    attempt = 1
+    if record is not None:
+        attempt = runs.last_attempt(record.store) + 1
+        if attempt > 1 and (who := runs.alive(record, attempt - 1)):
+            raise CalotypeError(f"{job} {config.name} is running already on {who} (attempt {attempt - 1}): "
+                                f"`calotype ps` shows it")
+    store = open_store(resolved.root).at("runs", identity)
+    key = f"submitted/{attempt:04d}-{os.urandom(3).hex()}.json"
+    store.write(key, json.dumps(compose.as_data(resolved), indent=1).encode())
+    return jobs.submit(job, f"{job}-{identity[:8]}-{key[10:21]}", f"{store.uri}/{key}")
+
+
+def submit(argv: Sequence[str]) -> int:
+    """`calotype submit JOB [overrides...]`: Hydra's flags work here too."""
+    from calotype.cluster import jobs
+
+    wait = "--no-wait" not in argv
+    argv = [word for word in argv if word != "--no-wait"]
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in JOBS:
+        print(SUBMIT_HELP, file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
+        if argv and argv[0] not in ("-h", "--help", *JOBS):
+            raise CalotypeError(f"{argv[0]!r} is not a job: choose one of {', '.join(JOBS)}")
+        return 0 if argv else 2
+    job, sweep = argv[0], Sweep(argv[0])
+    submitted: list[str] = []
+
+    def body(config: Any, overrides: list[str] | None) -> None:
+        with sweep.child(config, overrides) as child:
+            if identifier := submit_config(job, child):
+                submitted.append(identifier)
+                print(f"submitted {identifier}", flush=True)
+
+    compose.hydra_main(job, body, argv[1:])
+    if wait and len(submitted) == 1:
+        jobs.follow(submitted[0])
+    if wait:
+        sweep.failures += [message for message in map(jobs.wait, submitted) if message]
+    sweep.close()
+    return 0
+
+
+SUBMIT_HELP = f"""usage: calotype submit JOB [--no-wait] [OVERRIDES...] [HYDRA FLAGS]
+
+Compose the job's config here, check it, and run it on the cluster; its log follows until it ends (Ctrl-C leaves it
+running).  The same command again continues the run, or does nothing when it is done.
+
+jobs:   {', '.join(JOBS)}
+flags:  --cfg job      print the composed config and stop       -m a=1,2 b=3,4   one job per combination
+        --no-wait      return as soon as it is submitted        --help           (after JOB) its groups and settings
+
+example: calotype submit train_denoiser autoencoder.path=run:mine denoiser=unet_tiny train.images=200000"""
+
+
+# -------------------------------------------------------------------------------------------------- verbs
+
+
+def show_runs(args: argparse.Namespace) -> int:
+    """`calotype runs [show NAME] [--json]`."""
+    found = [r for r in runs.every(args.root) if args.name in ("", r.name, f"run:{r.name}", r.identity, r.identity[:8])]
+    found.sort(key=lambda record: record.created)
+    if args.name and not found:
+        raise CalotypeError(f"no run named {args.name!r} under {args.root}: `calotype runs` lists them")
+    results = {record.identity: record.result() for record in found}
+    if args.json:
+        merged: dict[str, Any] = {}
+        for record in found:  # the newest figure of a name wins
+            merged.update(results[record.identity])
+        listed = [{"job": r.job, "name": r.name, "identity": r.identity, "status": r.status(), "artifacts":
+                   r.artifact_root, "mlflow_run_id": r.mlflow_run_id, "result": results[r.identity]} for r in found]
+        print(json.dumps({**merged, "runs": listed} if args.name else listed, indent=1))
+        return 0
+    if args.name:
+        for record in found:
+            show_result(record, results[record.identity] or {"status": record.status()})
+        return 0
+    rows = [[r.name, r.job, r.identity[:8], r.status(), time.strftime("%Y-%m-%d %H:%M", time.localtime(r.created)),
+             console.figure(results[r.identity].get("seconds", "")), _headline(results[r.identity])] for r in found]
+    console.table(f"runs under {args.root}", ["name", "job", "run", "status", "started", "seconds", "figures"], rows)
+    return 0
+
+
+def _headline(result: dict[str, Any]) -> str:
+    keys = ("accuracy", "psnr_heldout", "validation_loss", "loss", "samples", "images", "images_per_second")
+    return "  ".join(f"{key} {console.figure(result[key])}" for key in keys if key in result)
+
+
+def show_status(args: argparse.Namespace) -> int:
+    from calotype.cluster import local
+
+    rows = local.status(home())
+    console.table("stack", ["service", "URL", "health", "pid", "detail"], rows)
+    return 0 if all(row[2] in ("up", "outside") for row in rows) else 1
+
+
+def start_stack(args: argparse.Namespace) -> int:
+    from calotype.cluster import local
+
+    local.up(home())
+    load_services()
+    return show_status(args)
+
+
+def stop_stack(args: argparse.Namespace) -> int:
+    from calotype.cluster import local
+
+    local.down(home())
+    return 0
+
+
+def show_submissions(args: argparse.Namespace) -> int:
+    from calotype.cluster import jobs
+
+    console.table("submissions", ["id", "status", "started", "seconds", "message"], jobs.ps())
+    return 0
+
+
+def show_logs(args: argparse.Namespace) -> int:
+    from calotype.cluster import jobs
+
+    if args.follow:
+        jobs.follow(args.id)
+        if message := jobs.wait(args.id):
+            raise CalotypeError(message)
+        return 0
+    console.follow(jobs.logs(args.id))
+    return 0
+
+
+def cancel(args: argparse.Namespace) -> int:
+    from calotype.cluster import jobs
+
+    jobs.cancel(args.id)
+    print(f"{args.id} is stopped; what it had is kept, and the same command goes on")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from calotype.tasks.export import export_run
+
+    export_run(args.root, args.run, Path(args.folder))
+    print(f"{args.folder}: diffusers.StableDiffusionPipeline.from_pretrained({args.folder!r}) loads it")
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from calotype.demo import run_demo
+
+    return run_demo(args.root)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="calotype", description="Train latent diffusion models, from a laptop to a cluster.",
+        epilog="Begin with `calotype demo`.  Services of your own instead of the embedded ones: set AWS_*, "
+               "MLFLOW_TRACKING_URI, RAY_ADDRESS.")
+    top.add_argument("--version", action="version", version=f"calotype {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=what, description=what)
+        made.set_defaults(run=run)
+        return made
+
+    def root(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--root", default="s3://calotype", help="where runs live (default %(default)s)")
+
+    verb("up", "start the embedded S3, MLflow and Ray on this machine, or repair them", start_stack)
+    verb("status", "show the services, their URLs and health", show_status)
+    verb("down", "stop the embedded services; what they hold stays", stop_stack)
+    verbs.add_parser("submit", help="run a job on the cluster: calotype submit JOB [overrides...]", add_help=False)
+    verb("ps", "list submissions", show_submissions)
+    logs = verb("logs", "print the log of a submission", show_logs)
+    logs.add_argument("id")
+    logs.add_argument("-f", "--follow", action="store_true", help="until it ends; exits as the job did")
+    verb("cancel", "stop a submission after a last checkpoint", cancel).add_argument("id")
+    listed = verb("runs", "list runs: calotype runs; one of them: calotype runs show NAME", show_runs)
+    listed.add_argument("show", nargs="?", choices=["show"], help="show one run instead of the list")
+    listed.add_argument("name", nargs="?", default="", help="name or identity")
+    listed.add_argument("--json", action="store_true", help="for programs")
+    root(listed)
+    out = verb("export", "write a diffusers folder that StableDiffusionPipeline loads", export)
+    out.add_argument("run", metavar="RUN", help="run:NAME or identity of a train_denoiser run")
+    out.add_argument("folder", metavar="DIR")
+    root(out)
+    root(verb("demo", "everything once, on this machine: digits, drawn from text", demo))
+    return top
+
+
+def main() -> None:
+    """Entry point of the `calotype` command."""
+    with said_in_one_sentence():
+        load_services()
+        if sys.argv[1:2] == ["submit"]:
+            sys.exit(submit(sys.argv[2:]))
+        args = parser().parse_args()
+        sys.exit(args.run(args))
+
+
+if __name__ == "__main__":
+    main()
