@@ -238,12 +238,13 @@ def show_runs(args: argparse.Namespace) -> int:
             show_result(record, results[record.identity] or {"status": record.status()})
         return 0
     rows = [[r.name, r.job, r.identity[:8], r.status(), time.strftime("%Y-%m-%d %H:%M", time.localtime(r.created)),
-             console.figure(results[r.identity].get("seconds", "")), _headline(results[r.identity])] for r in found]
+             console.figure(results[r.identity].get("seconds", "")), headline(results[r.identity])] for r in found]
     console.table(f"runs under {args.root}", ["name", "job", "run", "status", "started", "seconds", "figures"], rows)
     return 0
 
 
-def _headline(result: dict[str, Any]) -> str:
+def headline(result: dict[str, Any]) -> str:
+    """The figures of a result that a table has room for."""
     keys = ("accuracy", "psnr_heldout", "validation_loss", "loss", "samples", "images", "images_per_second")
     return "  ".join(f"{key} {console.figure(result[key])}" for key in keys if key in result)
 

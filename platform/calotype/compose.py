@@ -28,9 +28,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def shipped(folder: str) -> Path:
-    """`conf` or `jobs`: beside platform/ in a checkout, inside the package in a wheel."""
-    checkout = HERE.parents[1] / folder
-    return checkout if (HERE.parents[1] / "pyproject.toml").exists() else HERE / folder
+    """`conf` or `jobs`: inside the package in a wheel, beside platform/ in a checkout."""
+    return HERE / folder if (HERE / folder).exists() else HERE.parents[1] / folder
 
 
 def compose(job: str, overrides: Sequence[str] = ()) -> Any:

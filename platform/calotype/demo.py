@@ -1,0 +1,75 @@
+"""`calotype demo`: every room once, on this machine; each step is a job that anybody could submit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from calotype import cli, compose, console, runs, track
+from calotype.cluster import jobs, local
+from calotype.data.store import open_store
+from calotype.environment import home, load_services
+from calotype.errors import CalotypeError
+
+STEPS = ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample", "evaluate")
+
+
+def run_demo(root: str) -> int:
+    """Up, prepare, train both models, sample, evaluate, export; what is finished is recognised.
+
+    Args:
+        root: where datasets and runs go, s3://BUCKET[/PREFIX].
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        CalotypeError: a step failed; its reason was the last lines of its log.
+    """
+    rows: list[list[str]] = []
+    began = time.monotonic()
+    local.up(home())
+    load_services()
+    rows.append(["up", f"{home()}", _took(began), "S3, MLflow and Ray on this machine"])
+    for step in STEPS:
+        rows.append(_step(step, root))
+    folder = home() / "demo"
+    start = time.monotonic()
+    rows.append(["export", str(folder / "export"), *_export(root, folder, start)])
+    rows.append(["all", "", _took(began), ""])
+    console.table("demo", ["step", "what it made", "seconds", "figures"], rows)
+    record = runs.find(root, "train_denoiser", "run:demo")
+    print(f"look at     {folder / 'samples.png'}\n"
+          f"curves      {track.page(record.mlflow_run_id)}\n"
+          f"figures     calotype runs show demo\n"
+          f"draw more   calotype submit sample run=run:demo 'prompts=[\"a seven\", \"the digit 3\"]' name=mine\n"
+          f"the stack stays up: `calotype status` shows it, `calotype down` stops it")
+    return 0
+
+
+def _step(step: str, root: str) -> list[str]:
+    start = time.monotonic()
+    print(f"\n== {step}", flush=True)
+    config = compose.compose(step, [f"experiment=demo/{step}", f"root={root}"])
+    if submitted := cli.submit_config(step, config):
+        jobs.follow(submitted)
+        if message := jobs.wait(submitted):
+            raise CalotypeError(message)
+    record = runs.find(root, step, "run:demo")
+    return [step, record.artifact_root, _took(start), cli.headline(record.result())]
+
+
+def _export(root: str, folder: Path, start: float) -> tuple[str, str]:
+    from calotype.tasks.export import export_run
+
+    sampled: Any = runs.find(root, "sample", "run:demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples.png").write_bytes(open_store(sampled.artifact_root).read("samples/grid.png"))
+    if not (folder / "export" / "model_index.json").exists():
+        export_run(root, "run:demo", folder / "export")
+    return _took(start), "diffusers.StableDiffusionPipeline.from_pretrained(...)"
+
+
+def _took(start: float) -> str:
+    return f"{time.monotonic() - start:.1f}"
