@@ -1,0 +1,47 @@
+# Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
+# Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
+.DEFAULT_GOAL := help
+.PHONY: help install demo up down test lint bench-overhead bench-paper chaos clean
+PY := .venv/bin/python
+
+help: ## this list
+	@echo "Calotype: train latent diffusion models, from a laptop to a cluster."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+install: ## .venv with everything pinned; nothing to do if it is there and fits
+	@for python in python3 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	    exec $$python infra/install.py; \
+	  fi; \
+	done; \
+	echo "Calotype needs Python 3.11, 3.12 or 3.13 on the PATH: install one, then run make again." >&2; exit 1
+
+demo: install ## from nothing to pictures: about ten minutes on two cores
+	@$(PY) -m calotype demo
+
+up: install ## start the embedded stack: S3, MLflow, Ray
+	@$(PY) -m calotype up
+
+down: install ## stop it; what it stored stays
+	@$(PY) -m calotype down
+
+test: lint ## lint and every test that takes seconds
+	@$(PY) -m pytest -m "not slow and not chaos"
+
+chaos: install ## the tests that kill and cut
+	@$(PY) -m pytest -m chaos
+
+lint: install ## ruff and mypy --strict
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench-overhead: install ## step and start times against bare PyTorch and bare Ray Train
+	@$(PY) tests/bench/overhead.py
+
+bench-paper: install ## latent against pixel space at equal compute, three seeds
+	@$(PY) tests/bench/paper.py
+
+clean: ## remove caches and builds; .venv and .calotype stay
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
