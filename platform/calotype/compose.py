@@ -74,6 +74,9 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
         runtime = HydraConfig.get()
         return body(validated(job, node), list(runtime.overrides.task) if runtime.mode == RunMode.MULTIRUN else None)
 
+    if {"-h", "--help"} & set(argv):
+        print(explained(job))
+        return
     argv0, sys.argv = sys.argv, [sys.argv[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one sentence
     try:
@@ -98,6 +101,36 @@ def validated(job: str, node: Any) -> Any:
         raise ConfigError(one_sentence(error)) from None
     check(config)
     return config
+
+
+def explained(job: str) -> str:
+    """Help for one job: its groups with their options, and every setting with its default and meaning."""
+    cls = JOBS[job]
+    lines = [f"{job}: {(cls.__doc__ or '').strip()}", "", "groups (choose with GROUP=OPTION):"]
+    for folder in sorted(path for path in shipped("conf").iterdir() if path.is_dir() and path.name != "hydra"):
+        options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+        chosen = [o.split("/")[-1] if o.endswith(f"/{job}") else o for o in options]
+        if folder.name in (*(item.name for item in dataclasses.fields(cls)), "experiment", "debug"):  # type: ignore[arg-type]
+            lines.append(f"  {folder.name}: {', '.join(o for o, c in zip(options, chosen) if '/' not in o or c != o)}")
+    lines += ["", "settings (override with NAME=VALUE; * is not part of the run's identity):", *_settings(cls, "")]
+    flags = "--cfg job (print the config)  -m (one run per combination)  -sc install=bash (shell completion)"
+    return "\n".join([*lines, "", f"flags: {flags}"])
+
+
+def _settings(cls: Any, prefix: str) -> list[str]:
+    lines = []
+    for item, hint in _fields(cls):
+        if dataclasses.is_dataclass(hint):
+            lines += _settings(hint, f"{prefix}{item.name}.")
+            continue
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        mark = " " if item.metadata.get("identity", True) else "*"
+        name = f"{prefix}{item.name}={'' if default in ('', MISSING) else default}"
+        lines.append(f" {mark}{name:<44} {item.metadata['meaning']}")
+        args = typing.get_args(hint)
+        if args and dataclasses.is_dataclass(args[-1]):
+            lines += _settings(args[-1], f"{prefix}{item.name}.NAME.")
+    return lines
 
 
 def one_sentence(error: BaseException) -> str:
