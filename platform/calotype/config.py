@@ -29,12 +29,12 @@ def setting(default: Any, meaning: str, *, identity: bool = True) -> Any:
 class Data:
     """A dataset, and the source that `prepare` makes it from."""
 
-    name: str = setting(MISSING, "dataset name: shards and manifests live under ROOT/datasets/NAME", identity=False)
+    name: str = setting(MISSING, "dataset name: shards and manifests live under ROOT/datasets/NAME")
     digest: str = setting("", "digest of the dataset's manifest; filled in on submit, newest version if empty")
     kind: str = setting("digits", "source to prepare from: digits | folder")
-    path: str = setting("", "folder: where the images lie", identity=False)
+    path: str = setting("", "folder: where the images lie")
     captions: str = setting("sidecar", "folder: sidecar (.txt beside each image) | table | folder_name | none")
-    table: str = setting("", "captions=table: a .csv, .jsonl or .parquet file", identity=False)
+    table: str = setting("", "captions=table: a .csv, .jsonl or .parquet file")
     file_column: str = setting("file", "captions=table: column with the path of the image, relative to `path`")
     caption_column: str = setting("caption", "captions=table: column with the caption")
     image_size: int = setting(32, "digits: edge in pixels that the 8x8 originals are resized to")
