@@ -1,0 +1,137 @@
+"""The line through `calotype submit`, on the real S3, MLflow and Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY_AUTOENCODER = ["autoencoder=kl_f4_tiny", "autoencoder.model.block_out_channels=[8,8,16]",
+                    "++autoencoder.model.norm_num_groups=4", "train.images=512", "train.batch=32",
+                    "train.log_every=32", "train.checkpoint_every=256"]
+TINY_DENOISER = ["denoiser=unet_tiny", "denoiser.model.block_out_channels=[16,32]", "denoiser.model.norm_num_groups=8",
+                 "autoencoder.path=run:line", "train.images=256", "train.batch=32", "train.log_every=32",
+                 "train.validate_every=128", "train.sample_every=256", "train.checkpoint_every=128", "prompts=[a seven]",
+                 "sampler.steps=3"]
+
+
+def calotype(*words: str, fails: bool = False, cwd: Path = ROOT, checkout: Path = ROOT) -> str:
+    env = {**os.environ, "PYTHONPATH": str(checkout / "platform"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "calotype", *words], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=280)
+    assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def root(stack: Any) -> str:
+    """A root of its own in which the whole line ran once, two workers wherever work is spread."""
+    root = f"s3://calotype/test-{os.urandom(4).hex()}"
+    with_root = [f"root={root}", "name=line", "track.experiment=test"]
+    calotype("submit", "prepare", *with_root, "cluster.workers=2")
+    calotype("submit", "train_autoencoder", *with_root, *TINY_AUTOENCODER)
+    calotype("submit", "cache_latents", *with_root, "autoencoder.path=run:line", "cluster.workers=2")
+    calotype("submit", "train_denoiser", *with_root, *TINY_DENOISER, "engine=zero1", "cluster.workers=2")
+    calotype("submit", "sample", *with_root, "run=run:line", "prompts=[a seven]", "sampler.steps=3")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shown(root: str) -> dict[str, Any]:
+    return dict(json.loads(calotype("runs", "show", "line", "--json", "--root", root)))
+
+
+def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
+    assert {run["job"]: run["status"] for run in shown["runs"]} == dict.fromkeys(
+        ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample"), "finished")
+    assert shown["psnr_heldout"] > 5
+    assert shown["validation_loss"] > 0
+
+
+def test_what_is_finished_is_not_submitted_again(root: str) -> None:
+    out = calotype("submit", "train_denoiser", f"root={root}", "name=line", *TINY_DENOISER, "engine=zero3")
+    assert "finished already" in out
+    assert "submitted" not in out.replace("submitted/", "")
+
+
+def test_mlflow_shows_curves_lineage_and_checkpoints(root: str, shown: dict[str, Any]) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    runs = {run["job"]: client.get_run(run["mlflow_run_id"]) for run in shown["runs"]}
+    run = runs["train_denoiser"]
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "line"
+    loss = client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in loss] == list(range(32, 257, 32))
+    assert {"lr", "gradient_norm", "images_per_second", "data_wait_percent", "goodput"} <= set(run.data.metrics)
+    assert run.inputs.dataset_inputs
+    assert client.get_run(run.info.run_id).data.params["train.batch"] == "32"
+    listed = {entry.path for entry in client.list_artifacts(run.info.run_id, "checkpoints")}
+    assert any("256" in path for path in listed), listed
+    assert runs["train_autoencoder"].outputs.model_outputs
+
+
+def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
+    from mlflow import MlflowClient
+
+    out = calotype("submit", "sample", "-m", f"root={root}", "name=swept", "track.experiment=test", "run=run:line",
+                   "prompts=[a one]", "sampler.steps=1,2")
+    assert out.count("submitted sample-") == 2
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("test")
+    children = [run for run in client.search_runs([experiment.experiment_id], "tags.`calotype.job` = 'sample'")
+                if run.info.run_name == "swept" and "mlflow.parentRunId" in run.data.tags]
+    assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
+    assert len(children) == 2
+
+
+def test_a_job_that_fails_exits_non_zero_with_the_reason_last(root: str, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(b"this is text")
+    (tmp_path / "good.txt").write_text("a caption")
+    out = calotype("submit", "prepare", f"root={root}", "data=folder", "data.name=bad", f"data.path={tmp_path}",
+                   "name=bad", fails=True)
+    assert "good.png" in "".join(out.strip().splitlines()[-3:])
+    assert calotype("runs", "--root", root).count("failed") == 1
+
+
+def test_an_edited_checkout_submits_its_edits(root: str, tmp_path: Path) -> None:
+    checkout = tmp_path / "an edited checkout"
+    for folder in ("platform", "jobs", "conf"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = checkout / "platform" / "calotype" / "tasks" / "prepare.py"
+    source.write_text(source.read_text() + "\nprint('edited by hand')\n")
+    out = calotype("submit", "prepare", f"root={root}", "data.name=edited", "name=edited", checkout=checkout,
+                   cwd=tmp_path)
+    assert "edited by hand" in out.split("submitted ", 1)[1]
+
+
+def test_webdataset_alone_reads_what_was_written(root: str, tmp_path: Path) -> None:
+    import boto3
+    import webdataset as wds
+
+    bucket, prefix = root.removeprefix("s3://").split("/", 1)
+    client = boto3.client("s3")
+    count = {"datasets": 0, "latents": 0}
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page["Contents"]:
+            kind = entry["Key"].split("/")[1]
+            if entry["Key"].endswith(".tar") and "/edited/" not in entry["Key"]:
+                client.download_file(bucket, entry["Key"], str(tmp_path / "shard.tar"))
+                for sample in wds.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False).decode():
+                    assert sample["__key__"]
+                    assert "png" in sample or sample["latent.npy"].shape == (2, 4, 8, 8)
+                    count[kind] += 1
+    assert count == {"datasets": 1797, "latents": 1797}
+
+
+def test_export_makes_a_pipeline(root: str, tmp_path: Path) -> None:
+    calotype("export", "run:line", str(tmp_path / "out"), "--root", root)
+    assert (tmp_path / "out" / "model_index.json").exists()
