@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+LOG = VENV / "calotype.log"
 STAMP, UNFINISHED = VENV / "calotype.stamp", VENV / "calotype.unfinished"
 CONSTRAINTS = ROOT / "constraints.txt"
 # Where PyTorch publishes builds without CUDA; asked only if the machine's own pip knows no such build.
@@ -36,9 +37,14 @@ def main() -> int:
             return 0
         try:
             install()
-        except subprocess.CalledProcessError as error:
+        except KeyboardInterrupt:
+            print("\nInterrupted: run make again and it starts afresh.", file=sys.stderr)
+            return 130
+        except (subprocess.CalledProcessError, OSError) as error:
             print(
-                f"Installation stopped: {' '.join(map(str, error.cmd[:6]))} … failed; see above, then run make again.",
+                tail(),
+                f"Installation stopped ({error}); .venv/calotype.log has it all. Then run make again.",
+                sep="\n",
                 file=sys.stderr,
             )
             return 1
@@ -75,9 +81,9 @@ def torch() -> None:
     """
     pin = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
     for arguments in torch_choices(pin, system=platform.system(), gpu=has_gpu()):
-        if pip("--quiet", *arguments, check=False):
+        if pip(*arguments, check=False):
             return
-    raise subprocess.CalledProcessError(1, ["pip", "install", pin])
+    raise subprocess.CalledProcessError(1, f"pip install {pin}")
 
 
 def torch_choices(pin: str, *, system: str, gpu: bool) -> Iterator[list[str]]:
@@ -95,22 +101,41 @@ def has_gpu() -> bool:
 
 
 def pip(*arguments: str, check: bool = True) -> bool:
-    """`pip install` under the pins; build requirements are held to them too."""
+    """`pip install` under the pins, build requirements too; its long output goes to LOG, one moving line to a terminal.
+
+    Returns: whether it succeeded, if not `check`.
+    """
     pins = CONSTRAINTS.as_uri()  # as a URI: pip splits a path with a space
     # The newer pip has a name of its own for the pins of build requirements.
     held = {**os.environ, "PIP_CONSTRAINT": pins, "PIP_BUILD_CONSTRAINT": pins, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [str(PYTHON), "-m", "pip", "install", *arguments]
-    return (
-        subprocess.run(
+    command = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    with (
+        LOG.open("a") as log,
+        subprocess.Popen(
             command,
             cwd=ROOT,
             env=held,
-            check=check,
             stdin=subprocess.DEVNULL,
-            stderr=None if check else subprocess.DEVNULL,
-        ).returncode
-        == 0
-    )
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as running,
+    ):
+        assert running.stdout is not None
+        for line in running.stdout:
+            log.write(line)
+            if sys.stdout.isatty() and line.startswith(("Collecting", "  Downloading", "Installing", "Building")):
+                print(f"\r\033[K  {line.strip()[:70]}", end="", flush=True)
+    if sys.stdout.isatty():
+        print("\r\033[K", end="", flush=True)
+    if running.returncode and check:
+        raise subprocess.CalledProcessError(running.returncode, command)
+    return running.returncode == 0
+
+
+def tail() -> str:
+    """The end of what pip said."""
+    return "\n".join(LOG.read_text().splitlines()[-15:]) if LOG.exists() else ""
 
 
 def works() -> bool:
