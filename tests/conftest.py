@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from calotype.cluster import local
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -38,10 +38,14 @@ from typing import Any
 import psutil
 
 from calotype.environment import home as default_home
+from calotype.environment import load_services
 from calotype.errors import CalotypeError
 
 MARK = "CALOTYPE_STACK"
 BUCKET = "s3://calotype"
+# Ray replaces 127.0.0.1 by the machine's outside address unless this is 0, on Linux too: then every port of the head
+# and of its workers is on loopback only.  Whoever speaks to the head needs it as well.
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Service -> the variable that names it, and all variables that speak to it.
 VARIABLES = {
     "s3": (
@@ -52,17 +56,21 @@ VARIABLES = {
         "AWS_DEFAULT_REGION",
     ),
     "mlflow": ("MLFLOW_TRACKING_URI",),
-    "ray": ("RAY_ADDRESS", "CALOTYPE_RAY_GCS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
+    "ray": ("RAY_ADDRESS", "CALOTYPE_RAY_GCS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", LOOPBACK),
 }
 # Ports a service listens on; the first is the one in its URL.
 PORTS = {
     "s3": ("s3", "s3_grpc", "filer", "filer_grpc", "volume", "volume_grpc", "master", "master_grpc"),
     "mlflow": ("mlflow",),
-    "ray": ("dashboard", "gcs", "client", "node", "objects", "agent", "agent_grpc", "env_agent", "metrics"),
+    "ray": (
+        *("dashboard", "gcs", "client", "node", "objects", "agent", "agent_grpc", "env_agent"),
+        *("metrics", "dashboard_metrics", "autoscaler_metrics"),
+    ),
 }
 # Above Ray's worker range (10002-19999), below what Linux gives to outgoing connections (32768-60999).
 PORT_RANGE = (20_000, 32_000)
 START_SECONDS = 180
+PATIENCE = 30.0  # seconds a living service may take to answer on a busy machine before `up` calls it broken
 # Would speak to another S3 than the endpoint we set.
 FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "RAY_API_SERVER_ADDRESS")
 
@@ -124,6 +132,7 @@ def down(home: Path | None = None) -> list[str]:
 def status(home: Path | None = None) -> list[Row]:
     """What there is, really asked: a signed S3 request, MLflow's health page, Ray's API with its token."""
     home = (home or default_home()).absolute()
+    load_services(home / "credentials")
     state, known = _load(home), _read_credentials(home)
     rows = []
     for service, (named, *_) in VARIABLES.items():
@@ -155,6 +164,8 @@ def _start(home: Path) -> None:
         secret.setdefault(name, secrets.token_hex(10 if name == "access" else 32))
     running = {service: _alive(home, service, _entry(state, service)["pid"]) for service in ours}
     for service in ours:
+        if not running[service]:
+            _stop(home, service)  # what its leader left behind still holds its ports
         ports = _entry(state, service)["ports"]
         if set(ports) != set(PORTS[service]) or not (running[service] or all(map(_free, ports.values()))):
             _entry(state, service)["ports"] = _find_ports(PORTS[service], _all_ports(state))
@@ -171,7 +182,7 @@ def _start(home: Path) -> None:
         environment = {**os.environ, **extra, MARK: f"{home}:{service}"}
         made_of = _made_of(service, command, extra)
         entry = _entry(state, service)
-        if running[service] and entry["made_of"] == made_of and _probe(service, values[VARIABLES[service][0]], values)[0] == "ok":
+        if running[service] and entry["made_of"] == made_of and _works(home, service, entry, values):
             continue
         _stop(home, service)
         entry.update(pid=_spawn(home, service, command, folder, environment), made_of=made_of)
@@ -179,6 +190,18 @@ def _start(home: Path) -> None:
         started.append(service)
     for service in started:
         _wait(home, service, state, values)
+
+
+def _works(home: Path, service: str, entry: dict[str, Any], values: dict[str, str]) -> bool:
+    """Alive, listening on every port and answering; a busy one is given time, for stopping Ray stops its jobs."""
+    deadline = time.monotonic() + PATIENCE
+    while _alive(home, service, entry["pid"]) and not any(map(_free, entry["ports"].values())):
+        if _probe(service, values[VARIABLES[service][0]], values)[0] == "ok":
+            return True
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    return False
 
 
 def _wait(home: Path, service: str, state: dict[str, Any], values: dict[str, str]) -> None:
@@ -189,7 +212,7 @@ def _wait(home: Path, service: str, state: dict[str, Any], values: dict[str, str
     while time.monotonic() < deadline:
         alive = _alive(home, service, entry["pid"])
         health, why = _probe(service, values[VARIABLES[service][0]], values, starting=True)
-        if alive and health == "ok":
+        if alive and health == "ok" and not any(map(_free, entry["ports"].values())):
             return
         if not alive:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
@@ -214,7 +237,13 @@ def _spawn(home: Path, service: str, command: list[str], folder: Path, environme
         log.replace(log.with_suffix(".log.old"))
     with log.open("wb") as out:
         process = subprocess.Popen(  # a session of its own: it outlives the terminal
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     process.returncode = 0  # never waited for: keeps Popen from warning about a child that is meant to stay
     return process.pid
@@ -226,7 +255,7 @@ def _stop(home: Path, service: str) -> bool:
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    gone, alive = psutil.wait_procs(found, timeout=10)
+    _, alive = psutil.wait_procs(found, timeout=10)
     for process in {*alive, *_members(home, service)}:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -266,12 +295,12 @@ def _alive(home: Path, service: str, pid: int) -> bool:
 def _values(service: str, state: dict[str, Any]) -> dict[str, str]:
     """The environment that speaks to a service of ours."""
     ports, secret = _entry(state, service)["ports"], state["secrets"]
+    address = f"http://127.0.0.1:{ports[PORTS[service][0]]}"
+    values: tuple[str, ...] = (address,)
     if service == "s3":
-        values = (f"http://127.0.0.1:{ports['s3']}", f"AK{secret['access'].upper()}", secret["key"], "us-east-1", "us-east-1")
-    elif service == "mlflow":
-        values = (f"http://127.0.0.1:{ports['mlflow']}",)  # type: ignore[assignment]
-    else:
-        values = (f"http://127.0.0.1:{ports['dashboard']}", f"127.0.0.1:{ports['gcs']}", "token", secret["token"])  # type: ignore[assignment]
+        values = (address, f"AK{secret['access'].upper()}", secret["key"], "us-east-1", "us-east-1")
+    elif service == "ray":
+        values = (address, f"127.0.0.1:{ports['gcs']}", "token", secret["token"], "0")
     return dict(zip(VARIABLES[service], values, strict=True))
 
 
@@ -304,7 +333,15 @@ def _s3(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, s
 def _mlflow(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, str]]:
     _need("mlflow", "the MLflow server")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
-    command += ["--no-serve-artifacts", "--default-artifact-root", f"{BUCKET}/mlflow", "--workers", "1"]
+    command += [
+        "--no-serve-artifacts",
+        "--default-artifact-root",
+        f"{BUCKET}/mlflow",
+        "--workers",
+        "1",
+        "--uvicorn-opts",
+        "--no-access-log",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(_entry(state, "mlflow")["ports"]["mlflow"])]
     return command, home / "mlflow", {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -331,6 +368,9 @@ def _ray(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, 
     if (os.cpu_count() or 1) < 2:
         command.append("--num-cpus=2")  # two workers of the demo fit on one core, slowly
     extra = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": state["scratch"], "MLFLOW_DISABLE_TELEMETRY": "true"}
+    extra |= {f"{name.upper()}_METRIC_PORT": str(ports[f"{name}_metrics"]) for name in ("dashboard", "autoscaler")}
+    # Jobs are started as `python ...`: the one that has Calotype's libraries.
+    extra["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return command, home / "ray", extra
 
 
@@ -419,7 +459,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _entry(state: dict[str, Any], service: str) -> dict[str, Any]:
-    return state["services"].setdefault(service, {"pid": 0, "ports": {}, "made_of": ""})  # type: ignore[no-any-return]
+    return state["services"].setdefault(service, {"pid": 0, "ports": {}, "made_of": ""})
 
 
 def _read_credentials(home: Path) -> dict[str, str]:
