@@ -1,0 +1,465 @@
+"""URI -> bytes: ranges, listings and conditional publication, in an S3 bucket or a folder.
+
+The only room that knows boto3.  `publish` is what correctness rests on: a key appears whole, once, and never changes
+(DESIGN L7).  `write` replaces a key atomically; use it for hints only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+from urllib.parse import unquote, urlsplit
+
+import boto3
+import botocore.exceptions
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+
+from calotype.errors import CalotypeError, ConfigError, DataError
+
+PART = 16 * 2**20  # bytes per multipart part and per streamed read
+SINGLE_PUT = 64 * 2**20  # bigger files go up in parts
+CONNECTIONS = 64  # pool of one client: parallel range GETs must not queue for a socket
+ATTEMPTS = 5  # of a read whose body broke off, and of a put that met another writer
+PARTIAL = ".partial-"  # prefix of files a folder store has not yet named
+
+Names: TypeAlias = list[str]  # inside the classes below, `list` is the method
+Parts: TypeAlias = list[dict[str, Any]]
+
+
+class Missing(DataError):
+    """No such key."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed key, relative to its store; `modified` in seconds since the epoch, by the store's clock."""
+
+    key: str
+    size: int
+    modified: float
+
+
+def open_store(uri: str) -> Store:
+    """`s3://BUCKET[/PREFIX]`, `file:///FOLDER` or a folder; nothing else is opened, so no data can name a scheme."""
+    scheme, found, rest = uri.partition("://")
+    if not uri:
+        raise ConfigError("an empty URI names no store: give s3://BUCKET[/PREFIX] or a folder")
+    if not found:
+        return FolderStore(Path(uri).expanduser().absolute())
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]", bucket):
+            raise ConfigError(f"{uri!r} names no S3 bucket (3-63 of a-z 0-9 . -): write s3://BUCKET[/PREFIX]")
+        return S3Store(bucket, _checked(prefix.strip("/"), uri) if prefix.strip("/") else "")
+    if scheme == "file" and urlsplit(uri).netloc in ("", "localhost"):
+        return FolderStore(Path(unquote(urlsplit(uri).path)))
+    raise ConfigError(f"{uri!r} is neither s3://BUCKET[/PREFIX] nor a folder: other schemes are not opened")
+
+
+def _checked(key: str, where: str) -> str:
+    """A key that cannot leave its root nor meet a folder store's unfinished files."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") or part.startswith(PARTIAL) for part in parts) or "\0" in key or "\\" in key:
+        raise DataError(f"{key!r} is not a key under {where}: no empty, '.', '..' or '{PARTIAL}' parts, no backslash")
+    return key
+
+
+class Store(ABC):
+    """Keys -> bytes under one URI.  Picklable; safe to use from many threads."""
+
+    @property
+    @abstractmethod
+    def uri(self) -> str:
+        """Without a slash at the end."""
+
+    @abstractmethod
+    def at(self, *parts: str) -> Store:
+        """The same store, further down."""
+
+    @abstractmethod
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes [start, start + length) of a key, fewer where it ends before; `Missing` if there is none."""
+
+    @abstractmethod
+    def publish(self, key: str, data: bytes | Path) -> bool:
+        """Make the key, whole or not at all; False, and nothing changed, if it exists already."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes | Path) -> None:
+        """Make or replace the key, whole or not at all."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Keys that start with `prefix` (any string), at any depth, sorted."""
+
+    @abstractmethod
+    def folders(self, prefix: str = "") -> Names:
+        """Names of the non-empty folders directly below the folder `prefix`, sorted."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether the key was published."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the key; nothing happens if there is none."""
+
+    @abstractmethod
+    def ensure(self) -> None:
+        """Create the bucket or folder if it is missing, or say why it cannot be used."""
+
+    def upload(self, folder: Path, prefix: str = "") -> None:
+        """Every file below `folder`, to `prefix`/its relative path."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            self.write(f"{prefix.rstrip('/')}/{name}" if prefix else name, path)
+
+    def download(self, prefix: str, folder: Path) -> None:
+        """Every key below the folder `prefix`, to `folder`/its relative path; `Missing` if there is none."""
+        base = f"{prefix.rstrip('/')}/" if prefix else ""
+        found = False
+        for entry in self.list(base):
+            target = folder / _checked(entry.key[len(base) :], f"{self.uri}/{base}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                for start in range(0, entry.size, PART):
+                    file.write(self.read(entry.key, start, PART))
+            found = True
+        if not found:
+            raise Missing(f"nothing lies below {self.uri}/{base}")
+
+
+# ---------------------------------------------------------------------------------------------- folder
+
+
+@dataclass(frozen=True)
+class FolderStore(Store):
+    """A local or shared file system.  A file gets its name by link (publish) or rename (write), after fsync."""
+
+    path: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.path)
+
+    def at(self, *parts: str) -> Store:
+        return FolderStore(self.path / _checked("/".join(parts), self.uri)) if parts else self
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        with self._opened(key) as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def publish(self, key: str, data: bytes | Path) -> bool:
+        partial, final = self._partial(key, data)
+        try:
+            os.link(partial, final)  # fails if the name is taken: the folder's conditional put
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink()
+        _sync_folder(final.parent)
+        return True
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        partial, final = self._partial(key, data)
+        os.replace(partial, final)
+        _sync_folder(final.parent)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder = self._folder(prefix.rpartition("/")[0])
+        entries = []
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                key = path.relative_to(self.path).as_posix()
+                if name.startswith(PARTIAL) or not key.startswith(prefix):
+                    continue
+                try:
+                    status = path.stat()
+                except FileNotFoundError:  # deleted since it was listed
+                    continue
+                entries.append(Entry(key, status.st_size, status.st_mtime))
+        yield from sorted(entries, key=lambda entry: entry.key)
+
+    def folders(self, prefix: str = "") -> Names:
+        folder = self._folder(prefix.rstrip("/"))
+        if not folder.is_dir():
+            return []
+        return sorted(item.name for item in os.scandir(folder) if item.is_dir() and _holds_file(Path(item.path)))
+
+    def exists(self, key: str) -> bool:
+        return (self.path / _checked(key, self.uri)).is_file()
+
+    def delete(self, key: str) -> None:
+        (self.path / _checked(key, self.uri)).unlink(missing_ok=True)
+
+    def ensure(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the folder {self.path} cannot be made ({error.strerror}): set root to another"
+            ) from error
+        if not os.access(self.path, os.W_OK):
+            raise ConfigError(f"the folder {self.path} is not writable: change its owner or set root to another")
+
+    def _folder(self, prefix: str) -> Path:
+        return self.path / _checked(prefix, self.uri) if prefix else self.path
+
+    def _opened(self, key: str) -> BinaryIO:
+        path = self.path / _checked(key, self.uri)
+        try:
+            return open(path, "rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise Missing(f"{path} does not exist") from error
+
+    def _partial(self, key: str, data: bytes | Path) -> tuple[Path, Path]:
+        """The bytes on disk under a name that no listing shows, and the name they are to get."""
+        final = self.path / _checked(key, self.uri)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.parent / f"{PARTIAL}{uuid.uuid4().hex}"
+        try:
+            with open(partial, "wb") as target:
+                if isinstance(data, Path):
+                    with open(data, "rb") as source:
+                        shutil.copyfileobj(source, target, PART)
+                else:
+                    target.write(data)
+                target.flush()
+                os.fsync(target.fileno())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return partial, final
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the name itself must survive a power cut
+    finally:
+        os.close(descriptor)
+
+
+def _holds_file(folder: Path) -> bool:
+    return any(not name.startswith(PARTIAL) for _, _, names in os.walk(folder) for name in names)
+
+
+# -------------------------------------------------------------------------------------------------- S3
+
+_clients: dict[tuple[Any, ...], Any] = {}
+_clients_lock = threading.Lock()
+_BROKEN_BODY = (
+    botocore.exceptions.IncompleteReadError,
+    botocore.exceptions.ReadTimeoutError,
+    botocore.exceptions.ResponseStreamingError,
+)
+
+
+def _client() -> Any:
+    """One client per process and account: sockets do not survive a fork, and clients are slow to make."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    account = (os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_PROFILE"))
+    with _clients_lock:  # making a client is not thread-safe, using one is
+        if account not in _clients:
+            config = Config(
+                retries={"mode": "standard", "max_attempts": 8},
+                connect_timeout=5,
+                read_timeout=60,
+                max_pool_connections=CONNECTIONS,
+                tcp_keepalive=True,
+                # a host name of one's own rarely has a wildcard DNS entry for BUCKET.host
+                s3={"addressing_style": "path" if endpoint else "auto"},
+                # newer checksum trailers are unknown to many S3 servers; shards carry hashes of their own
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            )
+            _clients[account] = boto3.session.Session().client("s3", config=config)
+        return _clients[account]
+
+
+def _code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """boto3's exceptions as sentences."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        code = _code(error)
+        if code in ("NoSuchKey", "404", "NotFound"):
+            raise Missing(f"{uri} does not exist") from error
+        if code == "NoSuchBucket":
+            raise Missing(f"the bucket of {uri} does not exist: create it, or correct root") from error
+        if code in ("AccessDenied", "403", "SignatureDoesNotMatch", "InvalidAccessKeyId", "Forbidden", "ExpiredToken"):
+            raise CalotypeError(f"{uri} is refused ({code}): check AWS_ACCESS_KEY_ID and its secret") from error
+        raise CalotypeError(f"{uri} failed: {error}") from error
+    except botocore.exceptions.NoCredentialsError as error:
+        raise CalotypeError(f"no S3 credentials for {uri}: run `calotype up` or set AWS_ACCESS_KEY_ID") from error
+    except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+        raise CalotypeError(f"{uri} cannot be reached ({error}): check AWS_ENDPOINT_URL_S3 and the server") from error
+
+
+@dataclass(frozen=True)
+class S3Store(Store):
+    """Any S3 that knows `If-None-Match: *` on put and on completing a multipart upload.  Standard AWS_* settings."""
+
+    bucket: str
+    prefix: str = ""
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def at(self, *parts: str) -> Store:
+        return S3Store(self.bucket, self._name("/".join(parts))) if parts else self
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if length == 0:
+            return b""
+        last = "" if length is None else start + length - 1
+        span = {"Range": f"bytes={start}-{last}"} if start or length else {}
+
+        with _explained(f"{self.uri}/{key}"):
+            for attempt in range(ATTEMPTS):
+                try:
+                    return bytes(_client().get_object(Bucket=self.bucket, Key=self._name(key), **span)["Body"].read())
+                except _BROKEN_BODY:  # boto3 retries requests, not bodies that break off
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(0.1 * 2**attempt)
+                except botocore.exceptions.ClientError as error:
+                    if _code(error) in ("InvalidRange", "416"):  # starts at or behind the end
+                        return b""
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def publish(self, key: str, data: bytes | Path) -> bool:
+        with _explained(f"{self.uri}/{key}"):
+            if isinstance(data, Path) and data.stat().st_size > SINGLE_PUT:
+                return not self.exists(key) and self._publish_parts(self._name(key), data)
+            token = uuid.uuid4().hex
+            headers = {"IfNoneMatch": "*", "Metadata": {"writer": token}}
+            return self._conditional(self._name(key), token, lambda: self._put(key, data, **headers))
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        with _explained(f"{self.uri}/{key}"):
+            if isinstance(data, Path) and data.stat().st_size > SINGLE_PUT:
+                _client().upload_file(str(data), self.bucket, self._name(key), Config=TransferConfig(max_concurrency=4))
+            else:
+                self._put(key, data)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        for page in self._pages(Prefix=self._below() + prefix):
+            for item in page.get("Contents", ()):
+                yield Entry(item["Key"][len(self._below()) :], item["Size"], item["LastModified"].timestamp())
+
+    def folders(self, prefix: str = "") -> Names:
+        base = self._below() + (f"{prefix.rstrip('/')}/" if prefix else "")
+        pages = self._pages(Prefix=base, Delimiter="/")
+        return sorted(item["Prefix"][len(base) : -1] for page in pages for item in page.get("CommonPrefixes", ()))
+
+    def exists(self, key: str) -> bool:
+        try:
+            with _explained(f"{self.uri}/{key}"):
+                _client().head_object(Bucket=self.bucket, Key=self._name(key))
+        except Missing:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        with _explained(f"{self.uri}/{key}"):
+            _client().delete_object(Bucket=self.bucket, Key=self._name(key))
+
+    def ensure(self) -> None:
+        with _explained(self.uri):
+            try:
+                _client().head_bucket(Bucket=self.bucket)
+            except botocore.exceptions.ClientError as error:
+                if _code(error) not in ("404", "NoSuchBucket", "NotFound"):
+                    raise
+                self._create_bucket()
+
+    def _create_bucket(self) -> None:
+        region = _client().meta.region_name
+        place: dict[str, Any] = {}
+        if region and region not in ("us-east-1", "aws-global"):
+            place = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        try:
+            _client().create_bucket(Bucket=self.bucket, **place)
+        except botocore.exceptions.ClientError as error:
+            if _code(error) != "BucketAlreadyOwnedByYou":  # another process was faster
+                raise
+
+    def _below(self) -> str:
+        return f"{self.prefix}/" if self.prefix else ""
+
+    def _name(self, key: str) -> str:
+        return self._below() + _checked(key, self.uri)
+
+    def _pages(self, **query: str) -> Iterator[dict[str, Any]]:
+        with _explained(self.uri):
+            yield from _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, **query)
+
+    def _put(self, key: str, data: bytes | Path, **headers: Any) -> None:
+        if isinstance(data, Path):
+            with open(data, "rb") as body:
+                _client().put_object(Bucket=self.bucket, Key=self._name(key), Body=body, **headers)
+        else:
+            _client().put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **headers)
+
+    def _publish_parts(self, name: str, path: Path) -> bool:
+        """A big file in parts; nothing is visible, and nothing decided, before the conditional completion."""
+        client, token = _client(), uuid.uuid4().hex
+        parts: Parts = []
+        where = {"Bucket": self.bucket, "Key": name}
+        where["UploadId"] = client.create_multipart_upload(**where, Metadata={"writer": token})["UploadId"]
+        try:
+            with open(path, "rb") as file:
+                while data := file.read(PART):
+                    part = client.upload_part(**where, PartNumber=len(parts) + 1, Body=data)
+                    parts.append({"ETag": part["ETag"], "PartNumber": len(parts) + 1})
+            done = {"MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
+            return self._conditional(name, token, lambda: client.complete_multipart_upload(**where, **done))
+        finally:
+            with suppress(botocore.exceptions.ClientError):  # parts left behind cost money; none are after success
+                client.abort_multipart_upload(**where)
+
+    def _conditional(self, name: str, token: str, put: Callable[[], Any]) -> bool:
+        """Whether this put made the key.  A retry whose first try arrived meets its own object: the token tells."""
+        for attempt in range(ATTEMPTS):
+            try:
+                put()
+                return True
+            except botocore.exceptions.ClientError as error:
+                if _code(error) not in ("PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchUpload"):
+                    raise
+                if self._writer(name) == token:
+                    return True
+                if _code(error) in ("PreconditionFailed", "412"):
+                    return False
+                if _code(error) == "NoSuchUpload" or attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(0.1 * 2**attempt)  # another writer is in the middle of it
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _writer(self, name: str) -> str | None:
+        try:
+            found = _client().head_object(Bucket=self.bucket, Key=name)
+        except botocore.exceptions.ClientError:
+            return None
+        return found["Metadata"].get("writer")
