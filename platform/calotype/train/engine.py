@@ -1,0 +1,442 @@
+"""Forward, backward, step, and named fp32 states in and out: plain PyTorch or DeepSpeed ZeRO 0-3.
+
+Whoever takes the step, the arithmetic is the same: fp32 weights, autocast inside the module, gradients averaged over
+ranks in fp32, one global norm clip, AdamW.  So losses agree between stages and world sizes, and a checkpoint of one
+loads into any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from calotype import config
+from calotype.environment import Worker
+from calotype.errors import ConfigError
+from calotype.train.ema import Average
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale, and the good steps after which it doubles
+
+States = dict[str, dict[str, Tensor]]  # {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: fp32 tensor}}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` elements of parameter `name` from its flat index `begin` on: where they lie."""
+
+    name: str
+    begin: int
+    count: int
+    partition: int  # index of the partition
+    rank: int  # whose partition; every rank has them if the engine replicates
+    start: int  # first element there
+
+
+class Backend(Protocol):
+    """Who owns the weights and takes the step; all of it is collective."""
+
+    partitions: list[Tensor]  # fp32 master weights of this rank; the optimizer's state is keyed by them
+    pieces: list[Piece]
+    replicated: bool
+    optimizer: torch.optim.Optimizer
+
+    def forward(self, last: bool, *args: Any, **kwargs: Any) -> Any: ...
+    def backward(self, loss: Tensor, last: bool, scale: float) -> None: ...
+    def step(self, scale: float) -> Tensor: ...  # unclipped gradient norm; non-finite means that no step was taken
+    def refresh(self) -> None: ...  # partitions were written: bring the module up to date
+
+
+class Engine:
+    """A module that trains.
+
+    Args:
+        module: fp32, the same initial weights on every rank; all parameters require gradients.
+        accumulation: micro-batches per step, the same on every rank.
+        ema: None or halflife 0 for no average.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: config.Optim,
+        engine: config.Engine,
+        worker: Worker,
+        accumulation: int = 1,
+        ema: config.EMA | None = None,
+    ) -> None:
+        if engine.precision == "fp16" and not worker.device.startswith("cuda"):
+            raise ConfigError("engine.precision=fp16 needs a GPU: set engine.precision=bf16 or fp32")
+        assert all(p.requires_grad for p in module.parameters()), "frozen modules belong outside the engine"
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        self.module = module
+        self.worker = worker
+        self.accumulation = accumulation
+        self.loss_scale = FIRST_SCALE if engine.precision == "fp16" else 1.0
+        self.dynamic = engine.precision == "fp16"
+        self._good, self._micro = 0, 0
+        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        persistent = module.state_dict().keys()
+        self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+        cast = Cast(module, DTYPES[engine.precision], worker.device)
+        join(worker, engine.kind)
+        self._backend: Backend = (
+            Zero(cast, optim, engine, worker, accumulation)
+            if engine.kind == "deepspeed"
+            else (Plain(cast, optim, worker))
+        )
+        self._average = Average(self._backend.partitions, ema) if ema is not None and ema.halflife else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward, in the engine's precision; the same number of calls on every rank."""
+        return self._backend.forward(self._micro == self.accumulation - 1, *args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-batch; the last of a step averages them over ranks."""
+        self._backend.backward(loss, self._micro == self.accumulation - 1, self.loss_scale)
+        self._micro += 1
+
+    def step(self, lr: float, images: int, batch: int) -> Tensor:
+        """Clip, step, average.
+
+        Args:
+            images: seen when this step ends.
+            batch: global batch, images.
+
+        Returns:
+            Norm of the gradient before clipping, a scalar.  If it is not finite no step was taken; with fp16 that is
+            the loss scale finding its place.
+        """
+        assert self._micro == self.accumulation, f"{self._micro} of {self.accumulation} micro-batches"
+        self._micro = 0
+        for group in self._backend.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._backend.step(self.loss_scale)
+        taken = not self.dynamic or math.isfinite(float(norm))
+        if self.dynamic:
+            self._rescale(taken)
+        if self._average is not None and taken:
+            self._average.update(images, batch)
+        return norm
+
+    def _rescale(self, taken: bool) -> None:
+        self._good = self._good + 1 if taken else 0
+        if not taken:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self._good % SCALE_GROWTH == 0:
+            self.loss_scale *= 2
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the module computes with the averaged weights (without an average: with the current ones)."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            self._swap()
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap()
+            self.module.train(was_training)
+
+    def _swap(self) -> None:
+        if self._average is not None:
+            self._average.swap()
+            self._backend.refresh()
+
+    # ---------------------------------------------------------------------------------------- states in and out
+
+    def states(self) -> tuple[States, dict[str, float]]:
+        """Named fp32 tensors on rank 0's CPU, empty on the others, and scalars everywhere.  Collective."""
+        made: States = {"weights": self._gather(self._backend.partitions)}
+        for moment in MOMENTS:
+            made[moment] = self._gather([self._moments(part)[moment] for part in self._backend.partitions])
+        if self._average is not None:
+            made["ema"] = self._gather(self._average.shadow)
+        if self.worker.rank == 0:
+            for kind in made.keys() - set(MOMENTS):
+                made[kind].update({name: buffer.detach().cpu() for name, buffer in self._buffers.items()})
+        taken = float(self._moments(self._backend.partitions[0])["step"])
+        return made, {"adam_step": taken, "loss_scale": self.loss_scale, "good_steps": float(self._good)}
+
+    def load(self, states: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
+        """Take over what `states` gave at any world size and stage.  Collective.
+
+        Without "ema" in `states` the average starts from the weights.
+        """
+        backend = self._backend
+        self._scatter(states["weights"], backend.partitions)
+        for moment in MOMENTS:
+            self._scatter(states[moment], [self._moments(part)[moment] for part in backend.partitions])
+        for part in backend.partitions:
+            self._moments(part)["step"].fill_(scalars["adam_step"])
+        if self._average is not None:
+            self._scatter(states.get("ema", states["weights"]), self._average.shadow)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(states["weights"][name])
+        if self.dynamic:
+            self.loss_scale, self._good = float(scalars["loss_scale"]), int(scalars["good_steps"])
+        backend.refresh()
+
+    def _moments(self, partition: Tensor) -> dict[str, Tensor]:
+        """Adam's state of a partition, made as Adam's first step would make it."""
+        state = self._backend.optimizer.state[partition]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(partition, memory_format=torch.preserve_format).detach()
+        return state
+
+    @torch.no_grad()
+    def _gather(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Partition-wise tensors of all ranks -> {parameter name: whole tensor on rank 0's CPU}."""
+        first = self.worker.rank == 0
+        made = {name: torch.empty(shape) for name, shape in self._shapes.items()} if first else {}
+        for index, tensor in enumerate(tensors):
+            ranks: list[Tensor] | None = [tensor.detach().contiguous()]
+            if not self._backend.replicated:
+                ranks = [torch.empty_like(tensor) for _ in range(self.worker.world)] if first else None
+                dist.gather(tensor.detach(), ranks)
+            for piece in self._backend.pieces if first else ():
+                if piece.partition == index:
+                    assert ranks is not None
+                    source = ranks[piece.rank].view(-1)[piece.start : piece.start + piece.count]
+                    made[piece.name].view(-1)[piece.begin : piece.begin + piece.count] = source.cpu()
+        return made
+
+    @torch.no_grad()
+    def _scatter(self, named: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> None:
+        """{parameter name: whole tensor} -> this rank's partition-wise tensors."""
+        rank = 0 if self._backend.replicated else self.worker.rank
+        for piece in self._backend.pieces:
+            if piece.rank == rank:
+                whole = named[piece.name]
+                assert tuple(whole.shape) == self._shapes[piece.name], piece.name
+                target = tensors[piece.partition].data.view(-1)[piece.start : piece.start + piece.count]
+                target.copy_(whole.reshape(-1)[piece.begin : piece.begin + piece.count])
+
+
+class Cast(nn.Module):
+    """Autocast inside the module, so that every engine computes alike (DeepSpeed undoes one put around it)."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+        self.kind = torch.device(device).type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.kind, self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(*args, **kwargs)
+
+
+def join(worker: Worker, kind: str) -> None:
+    """Make sure there is a process group where one is needed: a single worker talks to itself, without any port."""
+    if dist.is_initialized() or (worker.world == 1 and kind == "torch"):
+        return
+    assert worker.world == 1, "whoever starts several workers joins them"
+    backend = "nccl" if worker.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def adamw(parameters: list[nn.Parameter], optim: config.Optim) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+@torch.no_grad()
+def clip(parameters: Sequence[nn.Parameter], limit: float, scale: float) -> Tensor:
+    """Unscale gradients and clip their global norm in place; gives the unclipped norm, a scalar, without waiting."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / scale
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit else torch.ones_like(norm)
+    if limit or scale != 1.0:
+        torch._foreach_mul_(grads, factor / scale)
+    return norm
+
+
+class Plain:
+    """PyTorch alone; data parallel where there are several workers."""
+
+    replicated = True
+
+    def __init__(self, module: nn.Module, optim: config.Optim, worker: Worker) -> None:
+        self.module = module.to(worker.device)
+        self.parameters = list(module.parameters())
+        self.limit = optim.clip
+        self.optimizer = adamw(self.parameters, optim)
+        self.partitions: list[Tensor] = list(self.parameters)
+        self.pieces = whole(module)
+        self.parallel: nn.parallel.DistributedDataParallel | None = None
+        if worker.world > 1:
+            devices = [torch.device(worker.device)] if worker.device.startswith("cuda") else None
+            with warnings.catch_warnings():  # the new name of broadcast_buffers is younger than the torch we allow
+                warnings.simplefilter("ignore", FutureWarning)
+                self.parallel = nn.parallel.DistributedDataParallel(
+                    module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+
+    def forward(self, last: bool, *args: Any, **kwargs: Any) -> Any:
+        if self.parallel is None or not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        self.parallel.require_backward_grad_sync = last  # what `no_sync` sets
+        return self.parallel(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool, scale: float) -> None:
+        (loss * scale if scale != 1.0 else loss).backward()
+
+    def step(self, scale: float) -> Tensor:
+        norm = clip(self.parameters, self.limit, scale)
+        if scale == 1.0 or math.isfinite(float(norm)):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def refresh(self) -> None:
+        """The module's parameters are the partitions."""
+
+
+class Zero:
+    """DeepSpeed; stage 0 replicates, 1 and 2 partition the optimizer and its fp32 weights, 3 the module's weights too."""
+
+    def __init__(
+        self, module: nn.Module, optim: config.Optim, engine: config.Engine, worker: Worker, accumulation: int
+    ) -> None:
+        deepspeed = import_deepspeed(worker)
+        self.stage = engine.stage
+        self.replicated = self.stage == 0
+        self.limit = optim.clip
+        self.parameters = list(module.parameters())
+        numel = sum(p.numel() for p in self.parameters)
+        bucket = max(min(numel, 50_000_000), 1)  # DeepSpeed allocates whole buckets: never more than the model
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # nothing of ours depends on it
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": optim.clip if self.stage else 0.0,
+            "steps_per_print": None,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "overlap_comm": worker.device.startswith("cuda"),
+            },
+        }
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adamw(self.parameters, optim), config=settings, dist_init_required=False
+        )
+        self.zero = self.engine.optimizer if self.stage else None
+        self.optimizer = self.zero.optimizer if self.zero else self.engine.optimizer
+        if self.stage == 0:
+            self.partitions, self.pieces = list(self.parameters), whole(module)
+        elif self.stage < 3:
+            self.partitions = self.zero.single_partition_of_fp32_groups
+            self.pieces = self._pieces_of_groups(module, worker.world)
+        else:
+            self.partitions = self.zero.fp32_partitioned_groups_flat
+            self.pieces = self._pieces_of_weights(module, worker.world)
+
+    def forward(self, last: bool, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool, scale: float) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        if self.zero is None:
+            loss = loss * scale if scale != 1.0 else loss
+        elif scale != 1.0:
+            self.zero.override_loss_scale(scale)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, scale: float) -> Tensor:
+        if self.zero is not None:
+            self.engine.step()  # skips by itself, on all ranks alike, when the norm is not finite
+            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+        norm = clip(self.parameters, self.limit, scale)
+        if scale == 1.0 or math.isfinite(float(norm)):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            self.zero.parameter_offload.partition_all_parameters()  # or the whole copies of small weights stay stale
+            for flat, part in zip(self.zero.fp16_partitioned_groups_flat, self.partitions, strict=True):
+                flat.data.copy_(part.data)
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def _pieces_of_groups(self, module: nn.Module, world: int) -> list[Piece]:
+        """Stages 1 and 2: parameters are views of one flat buffer per group, cut into `world` equal partitions."""
+        pieces = []
+        for index, (flat, part) in enumerate(zip(self.zero.bit16_groups_flat, self.partitions, strict=True)):
+            first, size = flat.data_ptr(), part.numel()
+            for name, parameter in named(module):
+                offset = (parameter.data_ptr() - first) // flat.element_size()
+                if 0 <= offset < flat.numel() and parameter.untyped_storage().data_ptr() == (
+                    flat.untyped_storage().data_ptr()
+                ):
+                    for rank in range(offset // size, (offset + parameter.numel() - 1) // size + 1):
+                        low, high = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
+                        pieces.append(Piece(name, low - offset, high - low, index, rank, low - rank * size))
+        return pieces
+
+    def _pieces_of_weights(self, module: nn.Module, world: int) -> list[Piece]:
+        """Stage 3: every parameter is cut into `world` equal pieces, the last ones padded."""
+        pieces = []
+        for name, parameter in named(module):
+            index, start, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            for rank in range(world):
+                count = min(size, parameter.ds_numel - rank * size)
+                if count > 0:
+                    pieces.append(Piece(name, rank * size, count, index, rank, start))
+        return pieces
+
+
+def named(cast: nn.Module) -> list[tuple[str, Any]]:
+    """Parameters by their names in the user's module."""
+    return [(name.removeprefix("module."), parameter) for name, parameter in cast.named_parameters()]
+
+
+def whole(cast: nn.Module) -> list[Piece]:
+    """Every parameter is a partition of its own, on every rank."""
+    return [Piece(name, 0, p.numel(), index, 0, 0) for index, (name, p) in enumerate(named(cast))]
+
+
+def import_deepspeed(worker: Worker) -> Any:
+    """DeepSpeed on this worker's device, on the process group that is there, saying warnings only."""
+    if worker.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(worker.local_rank))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            "engine.kind=deepspeed but DeepSpeed is not installed: "
+            "pip install 'calotype[deepspeed]' or set engine=torch"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)  # DeepSpeed's calls
+    # Its shared-memory collectives are compiled on first use: half a minute, and a compiler that may not be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=None
+    )
+    return deepspeed
