@@ -1,0 +1,398 @@
+"""Where a run is seen: metrics, pictures and lineage in MLflow, or nowhere.
+
+Nothing here holds up a step: metrics, tags and lineage go through an outbox, pictures through a thread, and MLflow
+itself (slow to import) is loaded there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calotype.compose import as_data
+from calotype.data.store import Missing
+from calotype.errors import CalotypeError, ConfigError
+from calotype.outbox import Outbox, Point, as_point
+from calotype.pictures import write_picture
+from calotype.provenance import as_yaml, commit, flat
+from calotype.runs import Record
+
+log = logging.getLogger(__name__)
+
+SECONDS = 10.0  # between two measurements of the machine
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset or cache that a run read: one node of the lineage."""
+
+    name: str
+    digest: str
+    uri: str
+    context: str = "training"
+
+
+class Tracker:
+    """What tasks and the loop may ask of a tracker; as it stands, track=none: only pictures go somewhere.
+
+    All of it returns at once but `finish`.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def log(self, metrics: Mapping[str, float], images: int) -> None:
+        """One point per metric at step = images seen."""
+
+    def figures(self, result: Mapping[str, Any]) -> None:
+        """The numbers that the run ends with, as result/NAME; the run counts as finished."""
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+
+    def picture(self, name: str, image: Any, images: int) -> None:
+        """Show a PIL image at step = images seen; MLflow makes a slider of the steps of one name."""
+        write_picture(self.record.artifacts, name, image, images)
+
+    def inputs(self, datasets: Sequence[Dataset] = (), used: Sequence[Record] = ()) -> None:
+        """Lineage into this run: what it read, and the runs whose models it used."""
+
+    def model(self, name: str, uri: str, kind: str, images: int) -> None:
+        """Lineage out of this run: one model, its weights at `uri`; told again, it has moved there."""
+
+    def watch(self, node: str = "") -> None:
+        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/]."""
+
+    def pending(self) -> list[Point]:
+        """Points the server does not have yet: they travel in checkpoints, back in through `attach`."""
+        return []
+
+    def finish(self, status: str = "", wait: float = 60.0) -> None:
+        """Deliver what waits, for at most `wait` seconds; with a status (FINISHED, FAILED, KILLED) the run ends."""
+
+
+def create_run(config: Any, job: str, identity: str) -> tuple[str, str]:
+    """A new run in MLflow: (run id, artifact root); ("", "") with track=none.
+
+    Raises:
+        CalotypeError: MLflow cannot be reached within half a minute.
+        ConfigError: MLflow keeps artifacts where Calotype cannot write them.
+    """
+    if config.track.kind == "none":
+        return "", ""
+    tags = {"calotype.job": job, "calotype.identity": identity, "calotype.root": config.root}
+    if config.track.parent:
+        tags["mlflow.parentRunId"] = config.track.parent
+    return _create(config, config.name, tags)
+
+
+def discard_run(run_id: str) -> None:
+    """Delete a run that lost the race for its identity."""
+    if run_id:
+        _client().delete_run(run_id)
+
+
+@contextlib.contextmanager
+def open_run(config: Any, record: Record) -> Iterator[Tracker]:
+    """The driver's tracker of one attempt: says what runs, and at the end how it went.  MLflow may be away."""
+    if config.track.kind == "none" or not record.mlflow_run_id:
+        yield Tracker(record)
+        return
+    tracker = MlflowTracker(record, "driver")
+    tracker.begin(config)
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED" if tracker.finished else "KILLED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -> Tracker:
+    """A worker's tracker of the same run; takes back the points that were unsent when the checkpoint was cut."""
+    if config.track.kind == "none" or not record.mlflow_run_id:
+        return Tracker(record)
+    return MlflowTracker(record, "worker", pending)
+
+
+def settle(record: Record) -> None:
+    """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
+    left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
+    for key in left:
+        MlflowTracker(record, Path(key).stem).finish("FINISHED" if "driver" in key else "", wait=10)
+
+
+def open_parent(config: Any, job: str) -> str:
+    """The id of a new MLflow run that holds the runs of a sweep; empty with track=none."""
+    return "" if config.track.kind == "none" else _create(config, f"{job} sweep", {"calotype.job": "sweep"})[0]
+
+
+def close_parent(run_id: str, status: str) -> None:
+    """End a sweep's run."""
+    if run_id:
+        _client().set_terminated(run_id, status)
+
+
+def page(run_id: str) -> str:
+    """Where a browser finds the run; empty without MLflow."""
+    if not run_id or not os.environ.get("MLFLOW_TRACKING_URI"):
+        return ""
+    experiment = _client().get_run(run_id).info.experiment_id
+    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+# ------------------------------------------------------------------------------------------------ trackers
+
+
+class MlflowTracker(Tracker):
+    """One run in MLflow, seen from one process; `role` names who logs: the driver and the worker log other keys."""
+
+    def __init__(self, record: Record, role: str, pending: Iterable[Sequence[Any]] = ()) -> None:
+        super().__init__(record)
+        self._run = record.mlflow_run_id
+        self._unsent = f"unsent/{role}.json"  # beside the artifacts: what could not be delivered in time
+        self._outbox = Outbox(_Server(self._run, self._left), pending)
+        self._painter = ThreadPoolExecutor(1, "pictures")
+        self._drawn = False
+        self._watching: threading.Thread | None = None
+        self._stop = threading.Event()
+        self.finished = False
+
+    def begin(self, config: Any) -> None:
+        """This attempt: the run is running (again), on this code, with this config."""
+        data = as_data(config)
+        values = flat(data)
+        code = commit()
+
+        def send(client: Any) -> None:
+            from mlflow.entities import Param, RunTag
+
+            client.update_run(self._run, status="RUNNING")
+            # MLflow's parameters never change: settings that differ after a restart are named in a tag.
+            known = client.get_run(self._run).data.params
+            new = [Param(key, value) for key, value in values.items() if key not in known]
+            for start in range(0, len(new), 100):
+                client.log_batch(self._run, params=new[start : start + 100])
+            changed = [f"{k}: {known[k]} -> {v}" for k, v in values.items() if k in known and known[k] != v]
+            tags = {"calotype.changed": "; ".join(changed)[:5000], "calotype.commit": code}
+            tags |= {"mlflow.source.git.commit": code.removesuffix("-dirty"), "mlflow.source.name": sys.argv[0]}
+            client.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items() if value])
+
+        self._outbox.act(send)
+        self._painter.submit(_surely, "config.yaml", lambda: self.record.artifacts.write("config.yaml", as_yaml(data)))
+
+    def log(self, metrics: Mapping[str, float], images: int) -> None:
+        now = int(time.time() * 1000)
+        self._outbox.put([(key, float(value), int(images), now) for key, value in metrics.items()])
+
+    def figures(self, result: Mapping[str, Any]) -> None:
+        numbers = {f"result/{key}": value for key, value in result.items() if isinstance(value, int | float)}
+        self.log(numbers, int(result.get("images", 0)))
+        self.finished = True
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        def send(client: Any) -> None:
+            for key, value in tags.items():
+                client.set_tag(self._run, key, value)
+
+        self._outbox.act(send)
+
+    def picture(self, name: str, image: Any, images: int) -> None:
+        copy = image.copy()
+        self._painter.submit(_surely, name, lambda: write_picture(self.record.artifacts, name, copy, images))
+        if not self._drawn:
+            self._drawn = True
+            self.tags({"mlflow.loggedImages": "True"})
+
+    def inputs(self, datasets: Sequence[Dataset] = (), used: Sequence[Record] = ()) -> None:
+        def send(client: Any) -> None:
+            from mlflow.entities import Dataset as Node
+            from mlflow.entities import DatasetInput, InputTag, LoggedModelInput
+
+            read = []
+            for item in datasets:
+                kind = "s3" if item.uri.startswith("s3://") else "local"
+                source = json.dumps({"uri": item.uri, "sha256": item.digest})
+                node = Node(item.name, item.digest[:32], kind, source)
+                read.append(DatasetInput(node, [InputTag("mlflow.data.context", item.context)]))
+            runs = [client.get_run(record.mlflow_run_id) for record in used if record.mlflow_run_id]
+            models = dict.fromkeys(output.model_id for run in runs for output in _outputs(run))
+            client.log_inputs(self._run, read or None, [LoggedModelInput(model) for model in models] or None)
+
+        self._outbox.act(send)
+
+    def model(self, name: str, uri: str, kind: str, images: int) -> None:
+        def send(client: Any) -> None:
+            from mlflow.entities import LoggedModelOutput
+
+            run = client.get_run(self._run)
+            tags = {"calotype.uri": uri, "calotype.images": str(images)}
+            if known := _outputs(run):
+                client.set_logged_model_tags(known[0].model_id, tags)
+                return
+            # A crash between create and log_outputs leaves a model without an edge: that one is taken up again.
+            where, by = [run.info.experiment_id], f"source_run_id = '{self._run}'"
+            stray = list(client.search_logged_models(where, by))
+            made = stray[0] if stray else client.create_logged_model(where[0], name, self._run, tags, model_type=kind)
+            client.finalize_logged_model(made.model_id, "READY")
+            client.log_outputs(self._run, [LoggedModelOutput(made.model_id, images)])
+
+        self._outbox.act(send)
+
+    def watch(self, node: str = "") -> None:
+        if self._watching is None:
+            prefix = f"system/{node}/" if node else "system/"
+            self._watching = threading.Thread(target=self._measure, args=(prefix,), name="system metrics", daemon=True)
+            self._watching.start()
+
+    def pending(self) -> list[Point]:
+        return self._outbox.pending()
+
+    def finish(self, status: str = "", wait: float = 60.0) -> None:
+        self._stop.set()
+        self._painter.shutdown(wait=True)
+        if self._watching is not None:
+            self._watching.join(5)
+        final = (lambda client: client.set_terminated(self._run, status)) if status else None
+        left = self._outbox.close(final, wait)
+        if left:
+            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), wait, self._unsent)
+            _surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
+        else:
+            _surely(self._unsent, lambda: self.record.artifacts.delete(self._unsent))
+
+    def _left(self) -> list[Point]:
+        try:
+            return [as_point(point) for point in json.loads(self.record.artifacts.read(self._unsent))]
+        except Missing:
+            return []
+
+    def _measure(self, prefix: str) -> None:
+        start = self._outbox.start(self._stop)
+        if start is None:
+            return
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(Exception):  # no NVIDIA driver or no NVML bindings: many kinds of error, one meaning
+            monitors.append(GPUMonitor())
+        while not self._stop.wait(SECONDS):
+            found: dict[str, float] = {}
+            for monitor in monitors:
+                monitor.collect_metrics()
+                found |= monitor.aggregate_metrics()
+                monitor.clear_metrics()
+            # The step of a system metric is the run's age in seconds: it rises over restarts too.
+            self.log({prefix + key: value for key, value in found.items()}, int(time.time() - start))
+
+
+# ------------------------------------------------------------------------------------------------ MLflow
+
+
+@dataclass(frozen=True)
+class _Server:
+    """MLflow, as the outbox of one run sees it."""
+
+    run: str
+    left: Callable[[], list[Point]]
+
+    def connect(self) -> Any:
+        return _client()
+
+    def held(self, client: Any) -> tuple[float, dict[str, int], list[Point]]:
+        run = client.get_run(self.run)
+        return run.info.start_time / 1000, {m.key: m.step for m in run.data.to_proto().metrics}, self.left()
+
+    def send(self, client: Any, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        client.log_batch(self.run, metrics=[Metric(key, value, when, step) for key, value, step, when in points])
+
+    def refused(self, error: Exception) -> bool:
+        """The server understood and said no; a timeout, a lock or a missing right may pass."""
+        status = getattr(error, "get_http_status_code", lambda: 500)()
+        return isinstance(error, ConfigError) or (400 <= status < 500 and status not in (401, 403, 408, 425, 429))
+
+
+def _client() -> Any:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError("MLFLOW_TRACKING_URI is not set: start the embedded stack with `calotype up`, or track=none")
+    # The client's own retries would hold a thread for minutes; the outbox has its own.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    from mlflow.tracking.client import MlflowClient
+
+    return MlflowClient()
+
+
+def _create(config: Any, name: str, tags: dict[str, str]) -> tuple[str, str]:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            client = _client()
+            run = client.create_run(_experiment(client, config), tags=tags, run_name=name)
+            break
+        except ConfigError:
+            raise
+        except Exception as error:  # as in Outbox: whatever a server that is not well makes of a request
+            if _Server("", list).refused(error) or time.monotonic() > deadline:
+                raise CalotypeError(
+                    f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} opened no run: check MLFLOW_TRACKING_URI, "
+                    f"or use track=none ({str(error)[:200]})"
+                ) from None
+            time.sleep(1)
+    uri = str(run.info.artifact_uri)
+    if ":" in uri and not uri.startswith(("s3://", "file:///")):
+        client.delete_run(run.info.run_id)
+        raise ConfigError(
+            f"MLflow keeps the artifacts of track.experiment={config.track.experiment} at {uri}, where Calotype cannot "
+            "write: choose another track.experiment, or start mlflow with --default-artifact-root s3://..."
+        )
+    return str(run.info.run_id), uri
+
+
+def _experiment(client: Any, config: Any) -> str:
+    """The id of the experiment, made if it is missing; many jobs may try at once."""
+    name = config.track.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        direct = client.get_experiment("0").artifact_location.startswith(("s3://", "file:", "/"))
+        # A server that proxies its artifacts: ours go straight to the object store all the same.
+        place = None if direct else f"{config.root}/mlflow/{name}"
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except Exception:
+            found = client.get_experiment_by_name(name)  # somebody else was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise ConfigError(f"track.experiment={name} was deleted in MLflow: restore it, or choose another name")
+    return str(found.experiment_id)
+
+
+def _outputs(run: Any) -> list[Any]:
+    return list(run.outputs.model_outputs) if run.outputs else []
+
+
+def _surely(what: str, write: Callable[[], Any]) -> None:
+    """A picture is not worth a run: what cannot be written is said, and the run goes on."""
+    try:
+        write()
+    except Exception as error:
+        log.error("%s was not written: %s", what, error)
