@@ -355,6 +355,20 @@ def _untar(data: bytes) -> list[Sample]:
     return samples
 
 
+def read_tar(store: Store, key: str) -> list[Sample]:
+    """The samples of a tar whose sidecar is not there (yet): what another writer of the same shard published.
+
+    Raises:
+        DataError: it is not a tar that `write_shard` wrote.
+    """
+    data = store.read(key)
+    try:
+        assert data[-2 * BLOCK :] == bytes(2 * BLOCK)
+        return _untar(data[: -2 * BLOCK])
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{store.uri}/{key} is no shard of Calotype's: delete it if no manifest names it") from error
+
+
 def iterate(store: Store, shards: Sequence[Shard]) -> Iterator[Sample]:
     """Every sample in stored order, verified."""
     for shard in shards:

@@ -1,0 +1,344 @@
+"""What a latent cache is: its encoding and identity, its samples, its statistics; raw <-> model latents.
+
+    latents/E/encoding.json            what E stands for
+              <sha>.tar                latents of the source shard with that SHA-256: same samples, order and chunks
+              <sha>.sidecar.json       written last: the shard is finished
+              <sha>.made.json          a hint: statistics of the shard, and the machine that made it
+    caches/<cache id>/manifest.json    E and one dataset version: its latent shards and channel statistics; written last
+
+Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
+encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original.  Latents
+are stored raw, as the autoencoder gives them: draws and scaling happen when they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calotype.compose import digest_of
+from calotype.config import CacheLatents, Condition, TrainDenoiser
+from calotype.data.images import PREPROCESSING
+from calotype.data.shards import CACHE, Manifest, Sample, Shard, load_dataset, sidecar_key
+from calotype.data.store import Missing, Store
+from calotype.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENCODING = "calotype.encoding/1"
+LATENT = "latent.npy"
+
+Statistics = dict[str, Any]
+
+
+# -------------------------------------------------------------------------------------------- identity
+
+
+def encoding_of(config: CacheLatents | TrainDenoiser) -> dict[str, Any]:
+    """Everything that the bytes of a latent depend on, except the image; its digest is E.
+
+    Args:
+        config: resolved: digests of autoencoder and conditions are filled in.
+    """
+    autoencoder, encoding = config.autoencoder, config.encoding
+    pixels = autoencoder.kind == "identity"
+    assert pixels or autoencoder.digest, "resolve the config first"
+    return {
+        "format": ENCODING,
+        "preprocessing": PREPROCESSING,
+        "autoencoder": {
+            "encoder": "identity" if pixels else autoencoder.digest,
+            "f": autoencoder.f,
+            "channels": autoencoder.channels,
+        },
+        "resolution": encoding.resolution,
+        "dtype": encoding.dtype,
+        "posterior": "deterministic" if pixels else encoding.posterior,
+        "batch": encoding.batch,
+        "conditions": {name: _stored_form(name, condition) for name, condition in sorted(config.conditions.items())},
+    }
+
+
+def _stored_form(name: str, condition: Condition) -> dict[str, Any]:
+    """What of a condition decides its stored bytes: neither how often it is dropped nor who reads it."""
+    if name in ("latent", "json"):
+        raise ConfigError(f"conditions.{name}: {name} is the name of a member of every sample, choose another")
+    if condition.source == "label":
+        return {"source": "label"}
+    assert condition.digest, "resolve the config first"
+    form = {"source": "text", "mode": condition.mode, "length": condition.length}
+    return form | {"tokenizer" if condition.mode == "tokens" else "encoder": condition.digest}
+
+
+def encoding_id(encoding: Mapping[str, Any]) -> str:
+    """E, 32 hex digits."""
+    return digest_of(dict(encoding))[:32]
+
+
+def cache_id(encoding: str, dataset_digest: str) -> str:
+    """32 hex digits, of E and a dataset's manifest."""
+    return digest_of({"encoding": encoding, "dataset": dataset_digest})[:32]
+
+
+def members_of(encoding: Mapping[str, Any]) -> tuple[str, ...]:
+    return (LATENT, *(f"{name}.npy" for name in encoding["conditions"]), "json")
+
+
+def shape_of(encoding: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, h, w) of one latent."""
+    edge = encoding["resolution"] // encoding["autoencoder"]["f"]
+    return encoding["autoencoder"]["channels"], edge, edge
+
+
+def latents_of(root: Store, encoding: Mapping[str, Any]) -> Store:
+    """`latents/E`, in which encoding.json says what E is.
+
+    Raises:
+        DataError: encoding.json is there and says something else.
+    """
+    store = root.at("latents", encoding_id(encoding))
+    data = json.dumps(encoding, indent=1, sort_keys=True).encode()
+    if not store.publish("encoding.json", data) and store.read("encoding.json") != data:
+        raise DataError(f"{store.uri}/encoding.json is not the encoding of its folder: it was changed")
+    return store
+
+
+# --------------------------------------------------------------------------------------------- loading
+
+
+def find_cache(root: Store, config: CacheLatents | TrainDenoiser) -> Manifest | None:
+    """The finished cache of a resolved config, or None."""
+    encoding = encoding_of(config)
+    store = root.at("caches", cache_id(encoding_id(encoding), config.data.digest))
+    try:
+        found = Manifest.from_bytes(store.read("manifest.json"))
+    except Missing:
+        return None
+    if found.format != CACHE or found.meta["encoding"] != encoding or found.meta["dataset"] != config.data.digest:
+        raise DataError(f"{store.uri}/manifest.json is not the manifest of this cache: it was changed")
+    return found
+
+
+def load_cache(root: Store, config: CacheLatents | TrainDenoiser) -> Manifest:
+    """The cache that a resolved config trains on; its shards lie in `root.at("latents", encoding_id(...))`.
+
+    Raises:
+        DataError: there is none, and what the nearest one differs in; or its labels do not fit the config.
+    """
+    found = find_cache(root, config)
+    if found is None:
+        raise DataError(_why_missing(root, config))
+    for name, condition in config.conditions.items():
+        if condition.source == "label" and found.meta["labels"] > condition.classes:
+            raise DataError(f"conditions.{name}.classes={condition.classes} but the cache has labels up to "
+                            f"{found.meta['labels'] - 1}: set conditions.{name}.classes={found.meta['labels']}"
+                            )  # fmt: skip
+    return found
+
+
+def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
+    """One sentence: the dataset is not encoded, not wholly, or otherwise than the config says."""
+    encoding, name = encoding_of(config), config.data.name
+    make = "run the job `cache_latents` with the same data, autoencoder, encoding and conditions"
+    shards = load_dataset(root.at("datasets", name), config.data.digest).shards
+    done = finished(root.at("latents", encoding_id(encoding)), shards)
+    if done:
+        return (
+            f"the latent cache of dataset {name} is not finished ({len(done)} of {len(shards)} shards encoded): {make}"
+        )
+    nearest: list[str] = []
+    for folder in root.folders("latents"):
+        try:
+            other = json.loads(root.at("latents", folder).read("encoding.json"))
+        except Missing:
+            continue
+        differing = differences(other, encoding)
+        if finished(root.at("latents", folder), shards) and (not nearest or len(differing) < len(nearest)):
+            nearest = differing
+    if not nearest:
+        return f"dataset {name} has no latent cache under {root.uri}: {make}"
+    return (f"dataset {name} has no latent cache for this model; the nearest one differs in {'; '.join(nearest)}: "
+            f"change that setting, or {make}")  # fmt: skip
+
+
+def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """`field (X in the cache, Y here)` for every field in which two encodings differ."""
+    old, new = _flat(cached), _flat(wanted)
+    return [f"{name} ({old.get(name, 'nothing')} in the cache, {new.get(name, 'nothing')} here)"
+            for name in sorted({**old, **new}) if old.get(name) != new.get(name)]  # fmt: skip
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    names = {"resolution", "dtype", "posterior", "batch"}  # what the user calls encoding.*
+    made: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{key}"
+        made.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return made
+
+
+def finished(latents: Store, shards: Iterable[Shard]) -> list[Shard]:
+    """Those source shards whose latents are committed, by one listing."""
+    there = {entry.key for entry in latents.list()}
+    return [shard for shard in shards if sidecar_key(latent_key(shard)) in there]
+
+
+def latent_key(source: Shard) -> str:
+    """Key of the latent shard of a source shard, in `latents/E`."""
+    return f"{source.sha256}.tar"
+
+
+# --------------------------------------------------------------------------------------------- samples
+
+
+def encode_sample(
+    sample: Sample,
+    latent: np.ndarray[Any, Any],
+    conditions: Mapping[str, np.ndarray[Any, Any]],
+    about: Mapping[str, Any],
+) -> Sample:
+    """The stored form of a sample.
+
+    Args:
+        sample: the source sample; its key is kept.
+        latent: float16 or float32 (2, C, h, w) or (1, C, h, w).
+        conditions: name -> array.
+        about: goes into `json`.
+    """
+    members: dict[str, bytes | memoryview] = {LATENT: to_npy(latent)}
+    members |= {f"{name}.npy": to_npy(array) for name, array in conditions.items()}
+    members["json"] = json.dumps(about, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return Sample(sample.key, members)
+
+
+def decode_sample(sample: Sample, conditions: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a stored sample: `latent`, and each named condition; views of its bytes, read-only.
+
+    Raises:
+        DataError: a member is missing or not an array.
+    """
+    made = {}
+    for name in ("latent", *conditions):
+        if f"{name}.npy" not in sample.members:
+            raise DataError(
+                f"cached sample {sample.key} has no {name}.npy: its members are {', '.join(sample.members)}"
+            )
+        made[name] = from_npy(sample.members[f"{name}.npy"])
+    return made
+
+
+def to_npy(array: np.ndarray[Any, Any]) -> bytes:
+    """.npy, version 1.0, row-major, little-endian."""
+    buffer = io.BytesIO()
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape)
+    np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_npy(data: bytes | memoryview) -> np.ndarray[Any, Any]:
+    """A read-only view; several times faster than np.load, because headers repeat."""
+    head = bytes(data[:10])
+    if head[:8] != b"\x93NUMPY\x01\x00":
+        raise DataError("an array of a cache is not in .npy format 1.0")
+    start = 10 + int.from_bytes(head[8:], "little")
+    dtype, shape = _header(bytes(data[:start]))
+    if len(data) != start + dtype.itemsize * math.prod(shape):
+        raise DataError(f"an array of a cache has {len(data) - start} bytes, its header says {dtype} {shape}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+@functools.lru_cache(1024)
+def _header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    stream = io.BytesIO(head)
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran or dtype.hasobject:
+        raise DataError(f"an array of a cache is not plain and row-major but {dtype}, fortran_order={fortran}")
+    return dtype, shape
+
+
+# ------------------------------------------------------------------------------------------ statistics
+
+
+def statistics(samples: Iterable[Sample]) -> Statistics:
+    """Sums over the stored latents of one shard, in float64, in stored order: a function of the shard's bytes alone.
+
+    Returns:
+        `count` of positions per channel, `sum` and `squares` of the mean and `variance` of the posterior per channel,
+        `largest` absolute mean, and `labels`, the number of classes that the largest label needs.
+    """
+    count, largest, labels = 0, 0.0, 0
+    sums: np.ndarray[Any, Any] = np.zeros((3, 0))
+    for sample in samples:
+        latent = from_npy(sample.members[LATENT]).astype(np.float64)
+        mean, std = latent[0], latent[1] if len(latent) == 2 else np.zeros_like(latent[0])
+        if not sums.size:
+            sums = np.zeros((3, len(mean)))
+        sums += np.stack([mean, mean**2, std**2]).sum(axis=(2, 3))
+        count += mean[0].size
+        largest = max(largest, float(np.abs(mean).max()))
+        labels = max(labels, json.loads(bytes(sample.members["json"])).get("label", -1) + 1)
+    total, squares, variance = sums.tolist()
+    return {
+        "count": count,
+        "sum": total,
+        "squares": squares,
+        "variance": variance,
+        "largest": largest,
+        "labels": labels,
+    }
+
+
+def merge(parts: Iterable[Statistics]) -> dict[str, Any]:
+    """Statistics of shards, in the manifest's order -> `channel_mean`, `channel_std` of drawn latents, and `labels`.
+
+    Var z = E[mean^2 + std^2] - E[mean]^2 for z = mean + std * noise.
+
+    Raises:
+        DataError: a channel is constant, so that nothing could be scaled by it.
+    """
+    count, sums, labels = 0, np.zeros((3, 1)), 0
+    for part in parts:
+        count += part["count"]
+        sums = sums + np.array([part["sum"], part["squares"], part["variance"]])
+        labels = max(labels, part["labels"])
+    mean = sums[0] / count
+    variance = (sums[1] + sums[2]) / count - mean**2
+    constant = np.flatnonzero(variance <= 1e-12 * (1 + mean**2))
+    if len(constant):
+        raise DataError(f"latent channel {constant[0]} is the same everywhere: the autoencoder has collapsed, or all "
+                        "images are alike")  # fmt: skip
+    return {"channel_mean": mean.tolist(), "channel_std": np.sqrt(variance).tolist(), "labels": labels}
+
+
+# ------------------------------------------------------------------------------ raw latents <-> model latents
+
+
+def to_model(
+    mean: Tensor, std: Tensor | None, noise: Tensor | None, channel_mean: Iterable[float], channel_std: Iterable[float]
+) -> Tensor:
+    """Raw latents => drawn, whitened model latents, float32.
+
+    Args:
+        mean, std: (B, C, h, w) of the posterior; std None for a deterministic encoding.
+        noise: (B, C, h, w) standard normal; None takes the mean.
+        channel_mean, channel_std: C numbers each, from the cache's manifest.
+    """
+    drawn = mean.float() if std is None or noise is None else mean.float() + std.float() * noise
+    return (drawn - _channels(drawn, channel_mean)) / _channels(drawn, channel_std)
+
+
+def from_model(latents: Tensor, channel_mean: Iterable[float], channel_std: Iterable[float]) -> Tensor:
+    """Model latents (B, C, h, w) => raw latents, for the decoder."""
+    return latents.float() * _channels(latents, channel_std) + _channels(latents, channel_mean)
+
+
+def _channels(like: Tensor, values: Iterable[float]) -> Tensor:
+    return like.new_tensor(list(values)).float().view(1, -1, 1, 1)

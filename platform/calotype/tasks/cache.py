@@ -1,0 +1,390 @@
+"""Every image of a dataset, encoded once: one latent shard per source shard, then the cache's manifest.
+
+    resolve -> plan -> make (on workers, per source shard) -> commit -> picture
+
+What a shard's bytes are depends on the shard and the encoding alone; a shard that is there is never made again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from calotype import runs
+from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
+from calotype.data import cache, images, shards
+from calotype.data.shards import Manifest, Sample, Shard
+from calotype.data.store import Missing, Store, open_store
+from calotype.environment import Worker
+from calotype.errors import ConfigError, DataError
+from calotype.model import digests
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+Job = TypeVar("Job", CacheLatents, TrainDenoiser)
+T = TypeVar("T")
+
+MADE = "calotype.made/1"
+READERS = 16  # sidecars read at once when a cache is committed
+
+
+@dataclass(frozen=True)
+class Made:
+    """One latent shard.  `images` is 0 where it was there already; `cut` counts captions longer than their tokens."""
+
+    shard: Shard
+    statistics: cache.Statistics
+    device: str
+    images: int = 0
+    seconds: float = 0.0
+    cut: int = 0
+
+
+# ------------------------------------------------------------------------------------------------ on submit
+
+
+def resolve(config: Job) -> Job:
+    """Names become digests: of the dataset, the autoencoder's encoder half, tokenizers and frozen text encoders.
+
+    Raises:
+        CalotypeError: there is no such dataset, run or folder, or its sizes contradict the config.
+    """
+    dataset = shards.load_dataset(open_store(config.root).at("datasets", config.data.name), config.data.digest)
+    autoencoder = resolve_autoencoder(config.autoencoder, config.root, config.encoding.resolution)
+    conditions = {name: replace(c, digest=digests.condition_digest(c)) for name, c in config.conditions.items()}
+    for name, condition in conditions.items():
+        _check_source(name, condition, dataset)
+    return replace(
+        config, data=replace(config.data, digest=dataset.digest), autoencoder=autoencoder, conditions=conditions
+    )
+
+
+def resolve_autoencoder(autoencoder: Autoencoder, root: str, resolution: int) -> Autoencoder:
+    """`run:NAME` becomes the folder that run wrote; f, channels and digest are read from it."""
+    if autoencoder.kind != "pretrained":
+        return autoencoder
+    path = autoencoder.path
+    if path.startswith("run:"):
+        record = runs.find(root, "train_autoencoder", path)
+        if record.status() != "finished":
+            raise ConfigError(
+                f"autoencoder.path={path} is {record.status()}, not finished: run train_autoencoder again"
+            )
+        path = record.artifacts.at("autoencoder").uri
+    f, channels = digests.autoencoder_shape(path)
+    if resolution % f:
+        raise ConfigError(f"encoding.resolution={resolution} is not a multiple of {f}, the autoencoder's factor")
+    return replace(autoencoder, path=path, f=f, channels=channels, digest=digests.encoder_digest(path))
+
+
+def _check_source(name: str, condition: Condition, dataset: Manifest) -> None:
+    member = "txt" if condition.source == "text" else "json"
+    if member not in dataset.members:
+        raise ConfigError(f"conditions.{name}.source={condition.source} but the samples of dataset {dataset.name} have "
+                          f"no .{member}: choose conditions=none or another dataset")  # fmt: skip
+
+
+def plan(config: CacheLatents) -> list[Shard]:
+    """The source shards, of both splits, whose latents are not there yet; none when the cache is finished."""
+    root = open_store(config.root)
+    if cache.find_cache(root, config) is not None:
+        return []
+    dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
+    done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards))
+    return [shard for shard in dataset.shards if shard not in done]
+
+
+# ----------------------------------------------------------------------------------------------- on workers
+
+
+def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
+    """A function that encodes one source shard and commits its latents, or recognises that they are there."""
+    from calotype.model.autoencoder import load_autoencoder
+
+    source = _dataset_store(config)
+    latents = cache.latents_of(open_store(config.root), cache.encoding_of(config))
+    model = load_autoencoder(config.autoencoder).to(worker.device).eval()
+
+    def encode(unit: Shard) -> Made:
+        key = cache.latent_key(unit)
+        if (there := shards.existing_shard(latents, key)) is not None:
+            return recognised(latents, there)
+        start = time.monotonic()
+        samples: list[Sample] = []
+        cut = 0
+        with ThreadPoolExecutor(1, "decode") as pool:
+            batches = _batches(shards.iterate(source, [unit]), config.encoding.batch)
+            for batch, pictures in _ahead(pool, ((b, _decoded(b, config)) for b in batches)):
+                raw = _encoded(model, pictures, config, worker.device)
+                made, longer = _stored(batch, pictures, raw, config, worker.device)
+                samples += made
+                cut += longer
+        shard, samples = _written(latents, key, samples, unit)
+        figures = cache.statistics(samples)
+        made_on = _remember(latents, shard, figures, worker.device)
+        return Made(shard, figures, made_on, len(samples), time.monotonic() - start, cut)
+
+    return encode
+
+
+def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while batch := list(islice(samples, size)):
+        yield batch
+
+
+def _ahead(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one made while this one is used."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
+
+
+def _decoded(batch: Sequence[Sample], config: CacheLatents) -> list[images.Picture]:
+    size, limit = config.encoding.resolution, config.data.max_pixels
+    return [images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit) for sample in batch]
+
+
+def _encoded(
+    model: Any, pictures: Sequence[images.Picture], config: CacheLatents, device: str
+) -> tuple[Tensor, Tensor | None]:
+    """One encoder call of exactly `encoding.batch` images: no autotuning, no TF32, no dependence on neighbours."""
+    import torch
+
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(device)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        mean, std = model.encode(images.signed(pixels), batch=config.encoding.batch)
+    return mean.cpu(), None if std is None else std.cpu()
+
+
+def _stored(
+    batch: Sequence[Sample],
+    pictures: Sequence[images.Picture],
+    raw: tuple[Tensor, Tensor | None],
+    config: CacheLatents,
+    device: str,
+) -> tuple[list[Sample], int]:
+    """Source samples and their raw latents -> samples of the latent shard, and how many captions were cut."""
+    mean, std = raw
+    gaussian = std is not None and config.encoding.posterior == "gaussian"
+    both = np.stack([mean.numpy(), std.numpy()] if gaussian and std is not None else [mean.numpy()], axis=1)
+    abouts = [_about(sample, picture) for sample, picture in zip(batch, pictures, strict=True)]
+    values, cut = _conditions(batch, abouts, config.conditions, device)
+    made = []
+    for index, (sample, about) in enumerate(zip(batch, abouts, strict=True)):
+        latent = narrowed(both[index], config.encoding.dtype, sample.key)
+        arrays = {name: array[index] for name, array in values.items()}
+        made.append(cache.encode_sample(sample, latent, arrays, about))
+    return made, cut
+
+
+def narrowed(latent: np.ndarray[Any, Any], dtype: str, key: str) -> np.ndarray[Any, Any]:
+    """float32 -> `dtype`; what is not finite, or would not be, is refused by name."""
+    if not np.isfinite(latent).all():
+        raise DataError(f"the latent of sample {key} is not finite: the autoencoder's weights are broken")
+    with np.errstate(over="ignore"):
+        made = latent.astype(dtype)
+    if not np.isfinite(made).all():
+        raise DataError(f"the latent of sample {key} reaches {np.abs(latent).max():.4g}, more than {dtype} holds: "
+                        "set encoding.dtype=float32")  # fmt: skip
+    return made
+
+
+def _about(sample: Sample, picture: images.Picture) -> dict[str, Any]:
+    """What goes into `json`: caption, label, and the size of the original."""
+    found = json.loads(bytes(sample.members["json"])) if "json" in sample.members else {}
+    about = {"width": found.get("width", picture.width), "height": found.get("height", picture.height)}
+    if "txt" in sample.members:
+        about["text"] = bytes(sample.members["txt"]).decode()
+    if "label" in found:
+        about["label"] = found["label"]
+    return about
+
+
+def _conditions(
+    batch: Sequence[Sample], abouts: Sequence[Mapping[str, Any]], conditions: Mapping[str, Condition], device: str
+) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
+    from calotype.model import conditioner
+
+    made, cut = {}, 0
+    for name, condition in conditions.items():
+        for sample, about in zip(batch, abouts, strict=True):
+            if condition.source not in about:
+                raise DataError(f"sample {sample.key} has no {condition.source}, which conditions.{name} is made from")
+        values = [about[condition.source] for about in abouts]
+        made[name] = conditioner.inputs(condition, values, device).cpu().numpy()
+        if condition.source == "text":
+            cut += conditioner.cut(condition.tokenizer, values, condition.length)
+    return made, cut
+
+
+def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tuple[Shard, list[Sample]]:
+    """Commit a latent shard; its row and samples.  Of two writers whose machines differ in a bit the first wins."""
+
+    def write(made: list[Sample]) -> Shard:
+        split, sha256 = unit.split, unit.sha256
+        return shards.write_shard(latents, key, made, unit.chunk_samples, split=split, source_sha256=sha256)
+
+    assert len(samples) == unit.samples, f"{len(samples)} of {unit.samples} samples"
+    try:
+        return write(samples), samples
+    except DataError:
+        theirs = shards.read_tar(latents, key)
+        if [sample.key for sample in theirs] != [sample.key for sample in samples]:
+            raise
+        return write(theirs), theirs
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+def _remember(latents: Store, shard: Shard, figures: cache.Statistics, device: str) -> str:
+    made_on = machine(device)
+    data = {"format": MADE, "sha256": shard.sha256, "statistics": figures, "device": made_on}
+    latents.publish(_made_key(shard), json.dumps(data, sort_keys=True).encode())
+    return made_on
+
+
+def recognised(latents: Store, shard: Shard) -> Made:
+    """A finished shard with its statistics: remembered, or computed from its bytes if its maker died in between."""
+    try:
+        found = json.loads(latents.read(_made_key(shard)))
+    except Missing:
+        found = {}
+    if found.get("format") == MADE and found.get("sha256") == shard.sha256:
+        return Made(shard, found["statistics"], found["device"])
+    return Made(shard, cache.statistics(shards.iterate(latents, [shard])), "not recorded")
+
+
+def _made_key(shard: Shard) -> str:
+    return f"{shard.key.removesuffix('.tar')}.made.json"
+
+
+def machine(device: str) -> str:
+    """Device model and library versions: latents are bit-exact for each of these."""
+    import platform
+
+    import diffusers
+    import torch
+
+    model = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(platform.machine())
+    return f"{model}; torch {torch.__version__}; diffusers {diffusers.__version__}"
+
+
+def _processor(architecture: str) -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return architecture
+
+
+# -------------------------------------------------------------------------------------------------- at the end
+
+
+def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
+    """Write the cache's manifest, once every source shard has its latents; the figures of the job.
+
+    Raises:
+        DataError: a latent shard is missing or has not the samples of its source.
+    """
+    root, encoding = open_store(config.root), cache.encoding_of(config)
+    identity = cache.cache_id(cache.encoding_id(encoding), config.data.digest)
+    manifest = cache.find_cache(root, config)
+    results = list(results)
+    if manifest is None:
+        dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
+        manifest = _manifest(dataset, cache.latents_of(root, encoding), encoding, results)
+        store = root.at("caches", identity)
+        if not store.publish("manifest.json", manifest.to_bytes()):
+            manifest = Manifest.from_bytes(store.read("manifest.json"))
+    totals = manifest.totals().values()
+    encoded, busy = sum(made.images for made in results), sum(made.seconds for made in results)
+    figures = {
+        "cache": identity,
+        "encoding": manifest_encoding(manifest),
+        "dataset": config.data.digest,
+        "shards": len(manifest.shards),
+        "shards_encoded": sum(made.images > 0 for made in results),
+        "samples": sum(total["samples"] for total in totals),
+        "samples_encoded": encoded,
+        "bytes": sum(total["bytes"] for total in totals),
+        "captions_cut": sum(made.cut for made in results),
+    }
+    if encoded:
+        figures["images_per_second"] = round(encoded / busy * min(config.cluster.workers, len(results)), 1)
+    return figures
+
+
+def manifest_encoding(manifest: Manifest) -> str:
+    """E of a cache's manifest."""
+    return cache.encoding_id(manifest.meta["encoding"])
+
+
+def _manifest(dataset: Manifest, latents: Store, encoding: Mapping[str, Any], results: Sequence[Made]) -> Manifest:
+    made = {result.shard.source_sha256: result for result in results}
+    missing = [shard for shard in dataset.shards if shard.sha256 not in made]
+
+    def recognise(source: Shard) -> Made:
+        shard = shards.existing_shard(latents, cache.latent_key(source))
+        if shard is None:
+            raise DataError(f"the latents of {source.key} are missing under {latents.uri}: run the job again")
+        return recognised(latents, shard)
+
+    with ThreadPoolExecutor(READERS, "sidecars") as pool:
+        made |= {found.shard.source_sha256: found for found in pool.map(recognise, missing)}
+    rows = []
+    for source in dataset.shards:
+        row = made[source.sha256].shard
+        if (row.samples, row.chunk_samples) != (source.samples, source.chunk_samples):
+            raise DataError(
+                f"{latents.uri}/{row.key} has {row.samples} samples, its source {source.key} {source.samples}"
+            )
+        rows.append(replace(row, split=source.split))  # another dataset version may have dealt the splits otherwise
+    in_order = [made[source.sha256] for source in dataset.shards]
+    meta = {
+        "encoding": dict(encoding),
+        "dataset": dataset.digest,
+        "shape": list(cache.shape_of(encoding)),
+        **cache.merge(found.statistics for found in in_order),
+        "devices": sorted({found.device for found in in_order}),
+    }
+    return Manifest(shards.CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
+
+
+def picture(config: CacheLatents, count: int = 16) -> tuple[Image.Image, dict[str, float]]:
+    """Originals | reconstructions from the finished cache, and their PSNR: what the denoiser will be able to draw.
+
+    Held-out images where there are any.
+    """
+    import torch
+
+    from calotype.model import metrics
+    from calotype.model.autoencoder import load_autoencoder
+
+    root, source = open_store(config.root), _dataset_store(config)
+    manifest = cache.load_cache(root, config)
+    dataset = shards.load_dataset(source, config.data.digest)
+    pairs = list(zip(dataset.shards, manifest.shards, strict=True))
+    original, cached = next((pair for pair in pairs if pair[0].split != "train"), pairs[0])
+    latents = root.at("latents", manifest_encoding(manifest))
+    pictures = _decoded(list(islice(shards.iterate(source, [original]), count)), config)
+    stored = [cache.decode_sample(s, ())["latent"][0] for s in islice(shards.iterate(latents, [cached]), count)]
+    raw = torch.from_numpy(np.stack(stored).astype(np.float32))
+    made = load_autoencoder(config.autoencoder).eval().decode(raw).clamp(-1, 1)
+    real = images.signed(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
+    grid = metrics.grid(torch.stack([real, made], 1).flatten(0, 1), columns=8)
+    return grid, {"psnr_sample": round(float(metrics.psnr(made, real).mean()), 2)}
+
+
+def _dataset_store(config: CacheLatents) -> Store:
+    return open_store(config.root).at("datasets", config.data.name)
