@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from calotype import config
 from calotype.environment import Worker
-from calotype.errors import ConfigError
+from calotype.errors import CalotypeError, ConfigError
 from calotype.train.ema import Average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,11 +94,11 @@ class Engine:
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         cast = Cast(module, DTYPES[engine.precision], worker.device)
         join(worker, engine.kind)
-        self._backend: Backend = (
-            Zero(cast, optim, engine, worker, accumulation)
-            if engine.kind == "deepspeed"
-            else (Plain(cast, optim, worker))
-        )
+        self._backend: Backend
+        if engine.kind == "deepspeed":
+            self._backend = Zero(cast, optim, engine, worker, accumulation)
+        else:
+            self._backend = Plain(cast, optim, worker)
         self._average = Average(self._backend.partitions, ema) if ema is not None and ema.halflife else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,8 +118,11 @@ class Engine:
             batch: global batch, images.
 
         Returns:
-            Norm of the gradient before clipping, a scalar.  If it is not finite no step was taken; with fp16 that is
-            the loss scale finding its place.
+            Norm of the gradient before clipping, a scalar: where it is not finite the weights are lost or kept as they
+            were.  With fp16, steps whose scaled gradients overflow are skipped (norm 0) while the scale finds its place.
+
+        Raises:
+            CalotypeError: fp16 overflows at any scale.
         """
         assert self._micro == self.accumulation, f"{self._micro} of {self.accumulation} micro-batches"
         self._micro = 0
@@ -129,6 +132,7 @@ class Engine:
         taken = not self.dynamic or math.isfinite(float(norm))
         if self.dynamic:
             self._rescale(taken)
+            norm = norm if taken else torch.zeros_like(norm)
         if self._average is not None and taken:
             self._average.update(images, batch)
         return norm
@@ -136,7 +140,9 @@ class Engine:
     def _rescale(self, taken: bool) -> None:
         self._good = self._good + 1 if taken else 0
         if not taken:
-            self.loss_scale = max(1.0, self.loss_scale / 2)
+            if self.loss_scale <= 1.0:
+                raise CalotypeError("gradients overflow fp16 at any loss scale: set engine.precision=bf16 or fp32")
+            self.loss_scale /= 2
         elif self._good % SCALE_GROWTH == 0:
             self.loss_scale *= 2
 
@@ -250,7 +256,7 @@ def join(worker: Worker, kind: str) -> None:
         return
     assert worker.world == 1, "whoever starts several workers joins them"
     backend = "nccl" if worker.device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def adamw(parameters: list[nn.Parameter], optim: config.Optim) -> torch.optim.AdamW:
@@ -312,7 +318,7 @@ class Plain:
 
 
 class Zero:
-    """DeepSpeed; stage 0 replicates, 1 and 2 partition the optimizer and its fp32 weights, 3 the module's weights too."""
+    """DeepSpeed: stage 0 replicates, 1 and 2 partition optimizer and fp32 weights, 3 the module's weights too."""
 
     def __init__(
         self, module: nn.Module, optim: config.Optim, engine: config.Engine, worker: Worker, accumulation: int
@@ -339,7 +345,7 @@ class Zero:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self.parameters, optim), config=settings, dist_init_required=False
         )
-        self.zero = self.engine.optimizer if self.stage else None
+        self.zero: Any = self.engine.optimizer if self.stage else None
         self.optimizer = self.zero.optimizer if self.zero else self.engine.optimizer
         if self.stage == 0:
             self.partitions, self.pieces = list(self.parameters), whole(module)

@@ -1,0 +1,374 @@
+"""The loop: status, validate, draw, checkpoint, done?, accumulate, step.  Everything is counted in images.
+
+A task gives it engines, batches, and a step from a micro-batch to losses; nothing here knows what is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from calotype import runs, track
+from calotype.compose import digest_of, identity_fields
+from calotype.config import Optim
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.train import checkpoint
+from calotype.train.engine import Engine
+
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor]
+READY = 2  # batches prepared ahead of the step
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        engines: by name; every one takes a step per global batch.
+        batches: position in the stream -> this rank's batches from there on, for ever.
+        prepare: batch -> CPU tensors, one row per sample of this rank, all randomness included; runs in a thread.
+        step: micro-batch on the device -> per-sample values (n,): under the name of an engine its losses, under any
+            other name something to log.
+        validate: collective -> figures to log.
+        draw: collective -> a PIL image on rank 0.
+    """
+
+    engines: Mapping[str, Engine]
+    batches: Callable[[int], Iterable[Any]]
+    prepare: Callable[[Any], Tensors]
+    step: Callable[[Tensors], Tensors]
+    validate: Callable[[], Mapping[str, float]] = dict
+    draw: Callable[[], Any] = lambda: None
+
+
+@dataclass
+class Clock:
+    """Seconds over all attempts of a run, without those whose steps were lost."""
+
+    trained: float = 0.0  # in steps, without waiting for data
+    waited: float = 0.0
+
+
+def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = None) -> dict[str, Any]:
+    """Train until `config.train.images` were seen, from the newest checkpoint of the run if it has one.
+
+    Args:
+        config: has `train`, `optim`, `engine`, `seed` and `track`.
+        record: None keeps nothing.
+
+    Returns:
+        The last figures; `stopped` is true when the worker was asked to stop before the end.
+
+    Raises:
+        CalotypeError: a loss or gradient is not finite.  Final: the same run would meet it again.
+    """
+    settings, batch = config.train, config.train.batch
+    micro = micro_batch(config, worker.world)
+    state = resume(task, worker, record)
+    images, clock = int(state.get("images", 0)), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
+    began = runs.first_attempt_started(record) if record else time.time()
+    meter = Meter(worker, batch)
+    figures: dict[str, Any] = dict(state.get("figures", {}))
+    start = images
+
+    def due(every: int) -> bool:
+        return images > start and every > 0 and images // every > (images - batch) // every
+
+    with tracking(config, worker, record, state) as tracker, ahead(task, images, worker) as batches:
+        while True:
+            done = images >= settings.images
+            stop = False
+            fresh: dict[str, float] = {}
+            if images > start and (done or due(settings.log_every) or due(settings.checkpoint_every)):
+                fresh, stop = meter.read(task, worker.stop(), clock)
+                fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
+                refuse_nonfinite(fresh, images, record)
+            ending = done or stop or (images == start and agree(worker, worker.stop()))
+            if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
+                fresh.update(task.validate())
+            if images > start and (due(settings.sample_every) or (done and settings.sample_every)):
+                picture = task.draw()
+                if tracker and picture is not None:
+                    tracker.picture("samples", picture, images)
+            if fresh:
+                figures.update(fresh)
+                if worker.rank == 0:
+                    log.info("%s images  %s", f"{images:,}", "  ".join(f"{k} {v:.4g}" for k, v in fresh.items()))
+                if tracker:
+                    tracker.log(fresh, images)
+            if images > start and record and (ending or due(settings.checkpoint_every)):
+                save(task, config, worker, record, images, clock, figures, tracker.pending() if tracker else [])
+            if ending:
+                break
+
+            meter.resume()  # the clock of training runs from here
+            rows, wait = next(batches)
+            torch.manual_seed(digest_seed(config.seed, images, worker.rank))  # dropout: no state to keep
+            images += batch
+            for first in range(0, micro * accumulation(micro, batch, worker.world), micro):
+                part, weight = take(rows, first, micro, worker.device)
+                values = task.step(part)
+                for name, engine in task.engines.items():
+                    engine.backward((values[name] * weight).sum() * (worker.world / batch))
+                meter.add(values, weight)
+            rate = lr(config.optim, images, settings.images)
+            norms = [engine.step(rate, images, batch) for engine in task.engines.values()]
+            meter.step(norms, rate, wait)
+
+    seconds = max(clock.trained + clock.waited, 1e-9)
+    overall = {"images_per_second": images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
+    return {**figures, **overall, "images": images, "stopped": images < settings.images}
+
+
+@contextlib.contextmanager
+def tracking(config: Any, worker: Worker, record: runs.Record | None, state: Mapping[str, Any]) -> Iterator[Any]:
+    """Rank 0's tracker, with the points that were unsent at the checkpoint; delivers at the end, whatever it is."""
+    if record is None or worker.rank:
+        yield None
+        return
+    tracker = track.attach(config, record, state.get("unsent", ()))
+    try:
+        yield tracker
+    finally:
+        tracker.finish()
+
+
+def lr(optim: Optim, images: int, total: int) -> float:
+    """Learning rate of the step that ends with `images` seen: a pure function, the same after any restart."""
+    warm = min(1.0, images / optim.warmup) if optim.warmup else 1.0
+    t = min(1.0, images / total)
+    fall = {"constant": 1.0, "linear": 1.0 - t, "cosine": 0.5 * (1.0 + math.cos(math.pi * t))}[optim.schedule]
+    return optim.lr * warm * fall
+
+
+# ---------------------------------------------------------------------------------------------- micro-batches
+
+
+def micro_batch(config: Any, world: int) -> int:
+    """Samples per forward on one worker, the same on every one.
+
+    Raises:
+        ConfigError: some worker would get no sample.
+    """
+    if world > config.train.batch:
+        raise ConfigError(f"cluster.workers={world} share a train.batch of {config.train.batch}: "
+                          "some would get no image; use fewer workers or a larger batch")  # fmt: skip
+    most = math.ceil(config.train.batch / world)
+    return min(config.engine.micro_batch or most, most)
+
+
+def accumulation(micro: int, batch: int, world: int) -> int:
+    """Micro-batches per step: as many as the rank with the largest share needs."""
+    return math.ceil(math.ceil(batch / world) / micro)
+
+
+def take(rows: Tensors, first: int, count: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows [first, first + count) on the device and their weights; past the end one row of weight 0 pads."""
+    have = len(next(iter(rows.values())))
+    some = slice(first, first + count) if first < have else slice(0, 1)
+    part = {name: value[some].to(device, non_blocking=True) for name, value in rows.items()}
+    size = len(next(iter(part.values())))
+    return part, torch.full((size,), 1.0 if first < have else 0.0, device=device)
+
+
+@contextlib.contextmanager
+def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[Tensors, float]]]:
+    """(prepared rows, seconds waited for them), prepared in a thread while the step runs."""
+    ready: queue.Queue[Any] = queue.Queue(READY)
+    over = threading.Event()
+    source = task.batches(position)
+
+    def put(item: Any) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def fill() -> None:
+        try:
+            for batch in source:
+                rows = task.prepare(batch)
+                put({k: v.pin_memory() for k, v in rows.items()} if worker.device.startswith("cuda") else rows)
+                if over.is_set():
+                    return
+        except BaseException as error:  # raised again where the batch is awaited
+            put(error)
+
+    def drain() -> Iterator[tuple[Tensors, float]]:
+        while True:
+            began = time.monotonic()
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item, time.monotonic() - began
+
+    thread = threading.Thread(target=fill, name="batches", daemon=True)
+    thread.start()
+    try:
+        yield drain()
+    finally:
+        over.set()
+        if hasattr(source, "close"):
+            source.close()
+        thread.join(10)
+
+
+# -------------------------------------------------------------------------------------------------- figures
+
+
+class Meter:
+    """Sums on the device.  Reading them is the loop's one collective; it also agrees on stopping."""
+
+    def __init__(self, worker: Worker, batch: int) -> None:
+        self.worker, self.batch = worker, batch
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.norms: Tensor | None = None
+        self.steps, self.rate, self.waited = 0, 0.0, 0.0
+        self.seconds, self.running = 0.0, 0.0
+
+    def resume(self) -> None:
+        """Training goes on: time counts until the step has been given to the device."""
+        self.running = time.monotonic()
+
+    def add(self, values: Tensors, weight: Tensor) -> None:
+        for name, value in values.items():
+            part = (value.detach().double() * weight).sum() / self.batch
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    def step(self, norms: list[Tensor], rate: float, wait: float) -> None:
+        norm = torch.stack([norm.detach() for norm in norms]).max()
+        self.norms = norm if self.norms is None else self.norms + norm
+        self.steps, self.rate, self.waited = self.steps + 1, rate, self.waited + wait
+        self.seconds += time.monotonic() - self.running
+
+    def read(self, task: Task, stop: bool, clock: Clock) -> tuple[dict[str, float], bool]:
+        """Means per step since the last reading, over all ranks, and whether any rank wants to stop.  Collective."""
+        began = time.monotonic()
+        names = list(self.sums)
+        local = [self.waited / self.worker.world, float(stop)]
+        vector = torch.stack(
+            [*(self.sums[name] for name in names), *torch.tensor(local).double().to(self.worker.device)]
+        )
+        if self.worker.world > 1:
+            dist.all_reduce(vector)
+        *values, waited, stopping = vector.tolist()  # waits for the device: so the time counts as training
+        assert self.norms is not None
+        seconds = self.seconds + time.monotonic() - began
+        images = self.steps * self.batch
+        clock.trained += max(seconds - waited, 0.0)
+        clock.waited += waited
+        only = len(task.engines) == 1
+        figures = {("loss" if only and n in task.engines else n): v / self.steps for n, v in zip(names, values)}
+        figures["gradient_norm"] = float(self.norms) / self.steps
+        figures["lr"] = self.rate
+        figures["images_per_second"] = images / max(seconds, 1e-9)
+        figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
+        self.reset()
+        return figures, stopping > 0
+
+
+def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Record | None) -> None:
+    """Stop with the evidence; weights after this are worth nothing and are not saved."""
+    bad = [name for name, value in figures.items() if not math.isfinite(value)]
+    if bad:
+        last = checkpoint.latest(record.artifacts) if record else None
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        since = f"{last:,} images" if last else "the start"
+        raise CalotypeError(
+            f"{' and '.join(bad)} not finite at {images:,} images ({shown}): nothing was saved since {since}; "
+            "lower optim.lr, set optim.clip, or use engine.precision=bf16 or fp32"
+        )
+
+
+def agree(worker: Worker, flag: bool) -> bool:
+    """Whether any rank says so.  Collective."""
+    if worker.world == 1:
+        return flag
+    vote = torch.tensor(float(flag), device=worker.device)
+    dist.all_reduce(vote)
+    return bool(vote.item() > 0)
+
+
+def digest_seed(seed: int, images: int, rank: int) -> int:
+    return int(digest_of([seed, images, rank])[:15], 16)
+
+
+# ------------------------------------------------------------------------------------------ checkpoint and resume
+
+
+def save(
+    task: Task,
+    config: Any,
+    worker: Worker,
+    record: runs.Record,
+    images: int,
+    clock: Clock,
+    figures: Mapping[str, Any],
+    unsent: Iterable[Any],
+) -> None:
+    """Gather on rank 0, write, commit.  Collective."""
+    tensors, scalars = {}, {}
+    for name, engine in task.engines.items():
+        states, scalars[name] = engine.states()
+        tensors.update({f"{name}.{kind}": named for kind, named in states.items()})
+    if worker.rank == 0:
+        state = {
+            "images": images,
+            "position": images,
+            "engines": scalars,
+            "seed": config.seed,  # all randomness is keyed by it and the position: no generator has a state to keep
+            "trained": clock.trained,
+            "waited": clock.waited,
+            "figures": dict(figures),
+            "unsent": [list(point) for point in unsent],
+            "config": digest_of(identity_fields(config)),
+            "world": worker.world,
+            "stage": config.engine.stage if config.engine.kind == "deepspeed" else "torch",
+            "attempt": record.attempt,
+        }
+        checkpoint.save(record.artifacts, images, tensors, state, config.train.keep, record.check_current)
+    if worker.world > 1:
+        dist.barrier()  # no rank goes on, or ends, as if it were safe before it is
+
+
+def resume(task: Task, worker: Worker, record: runs.Record | None) -> dict[str, Any]:
+    """Load the newest checkpoint that is whole; {} if there is none.  Collective."""
+    found = checkpoint.committed(record.artifacts) if record else []
+    for images in reversed(found):
+        assert record is not None
+        try:
+            with checkpoint.opened(record.artifacts, images) as saved:
+                if agree(worker, False):
+                    continue
+                for name, engine in task.engines.items():
+                    states = {kind: saved.tensors[f"{name}.{kind}"] for kind in ("weights", "exp_avg", "exp_avg_sq")}
+                    if f"{name}.ema" in saved.tensors:
+                        states["ema"] = saved.tensors[f"{name}.ema"]
+                    engine.load(states, saved.state["engines"][name])
+                if worker.rank == 0:
+                    log.info("resumes at %s images", f"{images:,}")
+                return saved.state
+        except DataError as error:
+            agree(worker, True)
+            log.error("%s; trying the one before", error)
+    if found:
+        raise DataError(f"none of the {len(found)} checkpoints under {record.artifacts.uri} is whole: "  # type: ignore[union-attr]
+                        "remove them to start anew")  # fmt: skip
+    return {}
