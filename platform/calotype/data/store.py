@@ -1,23 +1,20 @@
-"""URI -> bytes: ranges, listings and conditional publication, in an S3 bucket or a folder.
+"""URI -> bytes: ranges, listings and conditional publication, in an S3 bucket or a folder (`files.py`).
 
-The only room that knows boto3.  `publish` is what correctness rests on: a key appears whole, once, and never changes
-(DESIGN L7).  `write` replaces a key atomically; use it for hints only.
+The only room that knows boto3.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 import boto3
@@ -25,29 +22,16 @@ import botocore.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.data.files import PART, Entry, FolderStore, Missing, Names, Store, checked
+from calotype.errors import CalotypeError, ConfigError
 
-PART = 16 * 2**20  # bytes per multipart part and per streamed read
-SINGLE_PUT = 64 * 2**20  # bigger files go up in parts
+__all__ = ["Entry", "FolderStore", "Missing", "S3Store", "Store", "open_store"]
+
+SINGLE_PUT = 64 * 2**20  # bytes; bigger files go up in parts
 CONNECTIONS = 64  # pool of one client: parallel range GETs must not queue for a socket
 ATTEMPTS = 5  # of a read whose body broke off, and of a put that met another writer
-PARTIAL = ".partial-"  # prefix of files a folder store has not yet named
 
-Names: TypeAlias = list[str]  # inside the classes below, `list` is the method
 Parts: TypeAlias = list[dict[str, Any]]
-
-
-class Missing(DataError):
-    """No such key."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One listed key, relative to its store; `modified` in seconds since the epoch, by the store's clock."""
-
-    key: str
-    size: int
-    modified: float
 
 
 def open_store(uri: str) -> Store:
@@ -61,200 +45,10 @@ def open_store(uri: str) -> Store:
         bucket, _, prefix = rest.partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]", bucket):
             raise ConfigError(f"{uri!r} names no S3 bucket (3-63 of a-z 0-9 . -): write s3://BUCKET[/PREFIX]")
-        return S3Store(bucket, _checked(prefix.strip("/"), uri) if prefix.strip("/") else "")
+        return S3Store(bucket, checked(prefix.strip("/"), uri) if prefix.strip("/") else "")
     if scheme == "file" and urlsplit(uri).netloc in ("", "localhost"):
         return FolderStore(Path(unquote(urlsplit(uri).path)))
     raise ConfigError(f"{uri!r} is neither s3://BUCKET[/PREFIX] nor a folder: other schemes are not opened")
-
-
-def _checked(key: str, where: str) -> str:
-    """A key that cannot leave its root nor meet a folder store's unfinished files."""
-    parts = key.split("/")
-    if any(part in ("", ".", "..") or part.startswith(PARTIAL) for part in parts) or "\0" in key or "\\" in key:
-        raise DataError(f"{key!r} is not a key under {where}: no empty, '.', '..' or '{PARTIAL}' parts, no backslash")
-    return key
-
-
-class Store(ABC):
-    """Keys -> bytes under one URI.  Picklable; safe to use from many threads."""
-
-    @property
-    @abstractmethod
-    def uri(self) -> str:
-        """Without a slash at the end."""
-
-    @abstractmethod
-    def at(self, *parts: str) -> Store:
-        """The same store, further down."""
-
-    @abstractmethod
-    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes [start, start + length) of a key, fewer where it ends before; `Missing` if there is none."""
-
-    @abstractmethod
-    def publish(self, key: str, data: bytes | Path) -> bool:
-        """Make the key, whole or not at all; False, and nothing changed, if it exists already."""
-
-    @abstractmethod
-    def write(self, key: str, data: bytes | Path) -> None:
-        """Make or replace the key, whole or not at all."""
-
-    @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Keys that start with `prefix` (any string), at any depth, sorted."""
-
-    @abstractmethod
-    def folders(self, prefix: str = "") -> Names:
-        """Names of the non-empty folders directly below the folder `prefix`, sorted."""
-
-    @abstractmethod
-    def exists(self, key: str) -> bool:
-        """Whether the key was published."""
-
-    @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove the key; nothing happens if there is none."""
-
-    @abstractmethod
-    def ensure(self) -> None:
-        """Create the bucket or folder if it is missing, or say why it cannot be used."""
-
-    def upload(self, folder: Path, prefix: str = "") -> None:
-        """Every file below `folder`, to `prefix`/its relative path."""
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
-            self.write(f"{prefix.rstrip('/')}/{name}" if prefix else name, path)
-
-    def download(self, prefix: str, folder: Path) -> None:
-        """Every key below the folder `prefix`, to `folder`/its relative path; `Missing` if there is none."""
-        base = f"{prefix.rstrip('/')}/" if prefix else ""
-        found = False
-        for entry in self.list(base):
-            target = folder / _checked(entry.key[len(base) :], f"{self.uri}/{base}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
-                for start in range(0, entry.size, PART):
-                    file.write(self.read(entry.key, start, PART))
-            found = True
-        if not found:
-            raise Missing(f"nothing lies below {self.uri}/{base}")
-
-
-# ---------------------------------------------------------------------------------------------- folder
-
-
-@dataclass(frozen=True)
-class FolderStore(Store):
-    """A local or shared file system.  A file gets its name by link (publish) or rename (write), after fsync."""
-
-    path: Path
-
-    @property
-    def uri(self) -> str:
-        return str(self.path)
-
-    def at(self, *parts: str) -> Store:
-        return FolderStore(self.path / _checked("/".join(parts), self.uri)) if parts else self
-
-    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        with self._opened(key) as file:
-            file.seek(start)
-            return file.read(-1 if length is None else length)
-
-    def publish(self, key: str, data: bytes | Path) -> bool:
-        partial, final = self._partial(key, data)
-        try:
-            os.link(partial, final)  # fails if the name is taken: the folder's conditional put
-        except FileExistsError:
-            return False
-        finally:
-            partial.unlink()
-        _sync_folder(final.parent)
-        return True
-
-    def write(self, key: str, data: bytes | Path) -> None:
-        partial, final = self._partial(key, data)
-        os.replace(partial, final)
-        _sync_folder(final.parent)
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder = self._folder(prefix.rpartition("/")[0])
-        entries = []
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                path = Path(parent, name)
-                key = path.relative_to(self.path).as_posix()
-                if name.startswith(PARTIAL) or not key.startswith(prefix):
-                    continue
-                try:
-                    status = path.stat()
-                except FileNotFoundError:  # deleted since it was listed
-                    continue
-                entries.append(Entry(key, status.st_size, status.st_mtime))
-        yield from sorted(entries, key=lambda entry: entry.key)
-
-    def folders(self, prefix: str = "") -> Names:
-        folder = self._folder(prefix.rstrip("/"))
-        if not folder.is_dir():
-            return []
-        return sorted(item.name for item in os.scandir(folder) if item.is_dir() and _holds_file(Path(item.path)))
-
-    def exists(self, key: str) -> bool:
-        return (self.path / _checked(key, self.uri)).is_file()
-
-    def delete(self, key: str) -> None:
-        (self.path / _checked(key, self.uri)).unlink(missing_ok=True)
-
-    def ensure(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the folder {self.path} cannot be made ({error.strerror}): set root to another"
-            ) from error
-        if not os.access(self.path, os.W_OK):
-            raise ConfigError(f"the folder {self.path} is not writable: change its owner or set root to another")
-
-    def _folder(self, prefix: str) -> Path:
-        return self.path / _checked(prefix, self.uri) if prefix else self.path
-
-    def _opened(self, key: str) -> BinaryIO:
-        path = self.path / _checked(key, self.uri)
-        try:
-            return open(path, "rb")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise Missing(f"{path} does not exist") from error
-
-    def _partial(self, key: str, data: bytes | Path) -> tuple[Path, Path]:
-        """The bytes on disk under a name that no listing shows, and the name they are to get."""
-        final = self.path / _checked(key, self.uri)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.parent / f"{PARTIAL}{uuid.uuid4().hex}"
-        try:
-            with open(partial, "wb") as target:
-                if isinstance(data, Path):
-                    with open(data, "rb") as source:
-                        shutil.copyfileobj(source, target, PART)
-                else:
-                    target.write(data)
-                target.flush()
-                os.fsync(target.fileno())
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        return partial, final
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the name itself must survive a power cut
-    finally:
-        os.close(descriptor)
-
-
-def _holds_file(folder: Path) -> bool:
-    return any(not name.startswith(PARTIAL) for _, _, names in os.walk(folder) for name in names)
 
 
 # -------------------------------------------------------------------------------------------------- S3
@@ -409,7 +203,7 @@ class S3Store(Store):
         return f"{self.prefix}/" if self.prefix else ""
 
     def _name(self, key: str) -> str:
-        return self._below() + _checked(key, self.uri)
+        return self._below() + checked(key, self.uri)
 
     def _pages(self, **query: str) -> Iterator[dict[str, Any]]:
         with _explained(self.uri):

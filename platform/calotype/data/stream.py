@@ -59,9 +59,8 @@ def philox(seed: int, position: int, purpose: int) -> np.random.Generator:
 
 def _bits(seed: int, purpose: int, *counter: int) -> np.random.Philox:
     """The first counter word is left to the generator: 2^64 numbers before it meets a neighbour."""
-    words = [0, *counter, *[0] * (3 - len(counter))]
-    key = np.array([seed % 2**64, purpose], np.uint64)
-    return np.random.Philox(counter=np.array(words, np.uint64), key=key)
+    words = sum(word << 64 * (index + 1) for index, word in enumerate(counter))
+    return np.random.Philox(counter=words, key=seed % 2**64 | purpose << 64)
 
 
 def _permutation(size: int, seed: int, purpose: int, *counter: int) -> Ints:
