@@ -13,7 +13,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from calotype import config
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.train.ema import Average
+from calotype.train.plain import Piece, Plain, adamw, clip, named, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,25 +32,13 @@ FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale, and the good steps
 States = dict[str, dict[str, Tensor]]  # {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: fp32 tensor}}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """`count` elements of parameter `name` from its flat index `begin` on: where they lie."""
-
-    name: str
-    begin: int
-    count: int
-    partition: int  # index of the partition
-    rank: int  # whose partition; every rank has them if the engine replicates
-    start: int  # first element there
-
-
 class Backend(Protocol):
     """Who owns the weights and takes the step; all of it is collective."""
 
-    partitions: list[Tensor]  # fp32 master weights of this rank; the optimizer's state is keyed by them
+    partitions: Sequence[Tensor]  # fp32 master weights of this rank; the optimizer's state is keyed by them
     pieces: list[Piece]
     replicated: bool
-    optimizer: torch.optim.Optimizer
+    optimizer: Any  # torch.optim.AdamW
 
     def forward(self, last: bool, *args: Any, **kwargs: Any) -> Any: ...
     def backward(self, loss: Tensor, last: bool, scale: float) -> None: ...
@@ -118,8 +106,8 @@ class Engine:
             batch: global batch, images.
 
         Returns:
-            Norm of the gradient before clipping, a scalar: where it is not finite the weights are lost or kept as they
-            were.  With fp16, steps whose scaled gradients overflow are skipped (norm 0) while the scale finds its place.
+            Norm of the gradient before clipping, a scalar; not finite means that this training is over.  With fp16,
+            steps whose scaled gradients overflow are skipped (norm 0) while the scale finds its place.
 
         Raises:
             CalotypeError: fp16 overflows at any scale.
@@ -259,64 +247,6 @@ def join(worker: Worker, kind: str) -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def adamw(parameters: list[nn.Parameter], optim: config.Optim) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
-
-
-@torch.no_grad()
-def clip(parameters: Sequence[nn.Parameter], limit: float, scale: float) -> Tensor:
-    """Unscale gradients and clip their global norm in place; gives the unclipped norm, a scalar, without waiting."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / scale
-    factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit else torch.ones_like(norm)
-    if limit or scale != 1.0:
-        torch._foreach_mul_(grads, factor / scale)
-    return norm
-
-
-class Plain:
-    """PyTorch alone; data parallel where there are several workers."""
-
-    replicated = True
-
-    def __init__(self, module: nn.Module, optim: config.Optim, worker: Worker) -> None:
-        self.module = module.to(worker.device)
-        self.parameters = list(module.parameters())
-        self.limit = optim.clip
-        self.optimizer = adamw(self.parameters, optim)
-        self.partitions: list[Tensor] = list(self.parameters)
-        self.pieces = whole(module)
-        self.parallel: nn.parallel.DistributedDataParallel | None = None
-        if worker.world > 1:
-            devices = [torch.device(worker.device)] if worker.device.startswith("cuda") else None
-            with warnings.catch_warnings():  # the new name of broadcast_buffers is younger than the torch we allow
-                warnings.simplefilter("ignore", FutureWarning)
-                self.parallel = nn.parallel.DistributedDataParallel(
-                    module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
-
-    def forward(self, last: bool, *args: Any, **kwargs: Any) -> Any:
-        if self.parallel is None or not torch.is_grad_enabled():
-            return self.module(*args, **kwargs)
-        self.parallel.require_backward_grad_sync = last  # what `no_sync` sets
-        return self.parallel(*args, **kwargs)
-
-    def backward(self, loss: Tensor, last: bool, scale: float) -> None:
-        (loss * scale if scale != 1.0 else loss).backward()
-
-    def step(self, scale: float) -> Tensor:
-        norm = clip(self.parameters, self.limit, scale)
-        if scale == 1.0 or math.isfinite(float(norm)):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def refresh(self) -> None:
-        """The module's parameters are the partitions."""
-
-
 class Zero:
     """DeepSpeed: stage 0 replicates, 1 and 2 partition optimizer and fp32 weights, 3 the module's weights too."""
 
@@ -345,10 +275,11 @@ class Zero:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self.parameters, optim), config=settings, dist_init_required=False
         )
-        self.zero: Any = self.engine.optimizer if self.stage else None
-        self.optimizer = self.zero.optimizer if self.zero else self.engine.optimizer
+        self.zero = self.engine.optimizer  # stage 0: the AdamW itself
+        self.optimizer = self.zero.optimizer if self.stage else self.engine.optimizer
+        self.partitions: Sequence[Tensor] = self.parameters
         if self.stage == 0:
-            self.partitions, self.pieces = list(self.parameters), whole(module)
+            self.pieces = whole(module)
         elif self.stage < 3:
             self.partitions = self.zero.single_partition_of_fp32_groups
             self.pieces = self._pieces_of_groups(module, worker.world)
@@ -361,14 +292,14 @@ class Zero:
 
     def backward(self, loss: Tensor, last: bool, scale: float) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        if self.zero is None:
+        if self.stage == 0:
             loss = loss * scale if scale != 1.0 else loss
         elif scale != 1.0:
             self.zero.override_loss_scale(scale)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, scale: float) -> Tensor:
-        if self.zero is not None:
+        if self.stage:
             self.engine.step()  # skips by itself, on all ranks alike, when the norm is not finite
             return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
         norm = clip(self.parameters, self.limit, scale)
@@ -414,16 +345,6 @@ class Zero:
                 if count > 0:
                     pieces.append(Piece(name, rank * size, count, index, rank, start))
         return pieces
-
-
-def named(cast: nn.Module) -> list[tuple[str, Any]]:
-    """Parameters by their names in the user's module."""
-    return [(name.removeprefix("module."), parameter) for name, parameter in cast.named_parameters()]
-
-
-def whole(cast: nn.Module) -> list[Piece]:
-    """Every parameter is a partition of its own, on every rank."""
-    return [Piece(name, 0, p.numel(), index, 0, 0) for index, (name, p) in enumerate(named(cast))]
 
 
 def import_deepspeed(worker: Worker) -> Any:
