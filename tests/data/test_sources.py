@@ -170,6 +170,13 @@ def test_other_formats_become_png(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(pixels(samples[f"a.{kind.lower()}"][0]), np.asarray(image.convert("RGB")))
 
 
+def test_a_phone_picture_with_a_second_picture_inside_is_a_jpeg(tmp_path: Path) -> None:
+    data = encoded(PHOTO, "MPO", save_all=True, append_images=[PHOTO.resize((10, 6))])
+    samples, reasons = outcomes(folder(tmp_path, {"phone.jpg": data}))
+    assert not reasons
+    assert samples["phone.jpg"][0].members["jpg"] == data
+
+
 def test_grey_and_a_single_pixel(tmp_path: Path) -> None:
     files = {
         "grey.jpg": encoded(Image.new("L", (8, 8), 77), "JPEG"),

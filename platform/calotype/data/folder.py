@@ -115,15 +115,23 @@ class Folder:
         except _Unreadable as unreadable:
             return Raw(reason=str(unreadable))
 
-    def fingerprint(self, listing: Listing) -> str:
+    def fingerprint(self) -> str:
         """Digest of names, sizes and modification times."""
-        files = [file for item in listing.items if not item.reason for file in (item.name, item.sidecar) if file]
-        paths = [self.root / file for file in files]
+        listing = self.listing()
+        names = [file for item in listing.items if not item.reason for file in (item.name, item.sidecar) if file]
+        paths = [self.root / name for name in names]
         if self.data.captions == "table":
             paths.append(Path(self.data.table))
-        state = (f"{path.name} {about.st_size} {about.st_mtime_ns}" for path in paths for about in (path.stat(),))
         doomed = (f"{item.name} {item.reason}" for item in listing.items if item.reason)
-        return digest(*files, *state, *doomed)
+        return digest(*names, *map(_state, paths), *doomed)
+
+
+def _state(path: Path) -> str:
+    try:
+        about = path.stat()
+    except OSError as error:  # it went between the listing and here
+        return str(error.strerror)
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 class _Unreadable(Exception):

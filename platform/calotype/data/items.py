@@ -63,7 +63,7 @@ class Source(Protocol):
 
     def load(self, item: Item) -> Raw: ...
 
-    def fingerprint(self, listing: Listing) -> str:
+    def fingerprint(self) -> str:
         """Another one whenever the source may have changed: from names, sizes and times, never from content."""
         ...
 

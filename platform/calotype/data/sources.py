@@ -6,6 +6,9 @@ calotype.data.folder   a folder of images with captions
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 from calotype.config import Data
 from calotype.data.folder import Folder
 from calotype.data.items import Item, Listing, Raw, Source, digest, to_png
@@ -55,26 +58,29 @@ class Digits:
     """scikit-learn's 1,797 real handwritten digits (Alpaydin & Kaynak 1998): 8x8, resized, white on black."""
 
     def __init__(self, image_size: int) -> None:
+        self.size = image_size
+
+    @cached_property
+    def digits(self) -> Any:
+        """`images` (1797, 8, 8) of 0..16 and `target` (1797,); loaded where used, because a submit needs neither."""
         from sklearn.datasets import load_digits
 
-        bunch = load_digits()
-        self.size = image_size
-        self.images, self.labels = bunch.images, bunch.target  # (1797, 8, 8) of 0..16, (1797,)
+        return load_digits()
 
     def listing(self) -> Listing:
-        return Listing(tuple(self._item(index) for index in range(len(self.labels))), WORDS)
+        return Listing(tuple(self._item(index, int(label)) for index, label in enumerate(self.digits.target)), WORDS)
 
-    def _item(self, index: int) -> Item:
-        key, label = f"digit-{index:04d}", int(self.labels[index])
+    def _item(self, index: int, label: int) -> Item:
+        key = f"digit-{index:04d}"
         return Item(key, key, label, caption_of(label, phrasing_of(key)).encode())
 
     def load(self, item: Item) -> Raw:
         import numpy as np
         from PIL import Image
 
-        levels = np.rint(self.images[int(item.key[-4:])] * (255 / 16)).astype(np.uint8)
+        levels = np.rint(self.digits.images[int(item.key[-4:])] * (255 / 16)).astype(np.uint8)
         image = Image.fromarray(levels).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return Raw(to_png(image.convert("RGB")), item.caption)
 
-    def fingerprint(self, listing: Listing) -> str:
-        return digest(*(f"{item.key} {item.label}" for item in listing.items))
+    def fingerprint(self) -> str:
+        return digest("digits", *PHRASINGS)

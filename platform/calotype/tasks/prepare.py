@@ -81,8 +81,7 @@ def resolve(config: Prepare) -> Prepare:
     if data.digest:
         return config
     data = dataclasses.replace(data, path=_absolute(data.path), table=_absolute(data.table))
-    source = open_source(data)
-    state = digest_of([data.name, _settings(data), source.fingerprint(source.listing())])[:32]
+    state = digest_of([data.name, _settings(data), open_source(data).fingerprint()])[:32]
     before = _published_state(config)
     if before[:32] != state:
         before = state + digest(before)[:32]
@@ -98,18 +97,7 @@ def plan(config: Prepare) -> Plan:
     Raises:
         DataError: the source is empty.
     """
-    listing = open_source(config.data).listing()
-    if not listing.items:
-        raise DataError(f"data.path={config.data.path!r} holds no images: {_passed_by(listing)}")
-    parts = split(listing.items, config.data.held_out)
-    units = tuple(
-        Unit(name, start, stop, _names_digest(items[start:stop]))
-        for name, items in parts.items()
-        for start, stop in cut(items, config.data.shard_samples)
-    )
-    assert sum(unit.stop - unit.start for unit in units) == len(listing.items)
-    described = [_settings(config.data), [dataclasses.astuple(unit) for unit in units]]
-    return Plan(units, digest_of(described), len(listing.items))
+    return _plan(config.data, open_source(config.data).listing())
 
 
 def make(config: Prepare, worker: Worker) -> Callable[[Unit], Made]:
@@ -136,12 +124,13 @@ def commit(config: Prepare, results: Iterable[Made]) -> dict[str, Any]:
 
     Returns:
         samples (held out ones included), held_out, shards, bytes, quarantined, passed_by (files that are no images),
-        digest (of the manifest).
+        passed_by_suffix, digest (of the manifest).
 
     Raises:
         DataError: more items are quarantined than `data.error_budget`, nothing is left, or the source changed.
     """
-    listing, planned = open_source(config.data).listing(), plan(config)
+    listing = open_source(config.data).listing()
+    planned = _plan(config.data, listing)
     made = {result.unit: result for result in results}
     if set(made) != set(planned.units):
         raise DataError(_changed(config))
@@ -166,6 +155,7 @@ def commit(config: Prepare, results: Iterable[Made]) -> dict[str, Any]:
     members = tuple(sorted({member for result in results for member in result.members}))
     manifest = shards.Manifest("calotype.dataset/1", config.data.name, members, tuple(written), meta)
     published = shards.publish_dataset(store, manifest)
+    store.delete("quarantined.jsonl")  # of an attempt that failed; the manifest lists what is left out now
     store.write("prepared.json", json.dumps({"state": config.data.digest}).encode())
     return {
         "samples": samples,
@@ -174,6 +164,7 @@ def commit(config: Prepare, results: Iterable[Made]) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in written),
         "quarantined": len(quarantined),
         "passed_by": sum(listing.passed_by.values()),
+        "passed_by_suffix": listing.passed_by,
         "digest": published,
     }
 
@@ -263,15 +254,26 @@ def _settings(data: Data) -> dict[str, Any]:
     return common | {"captions": data.captions} | (columns if data.captions == "table" else {})
 
 
+def _plan(data: Data, listing: Listing) -> Plan:
+    if not listing.items:
+        others = ", ".join(f"{count} {kind}" for kind, count in listing.passed_by.items()) or "none"
+        raise DataError(f"data.path={data.path!r} holds no images (other files there: {others})")
+    parts = split(listing.items, data.held_out)
+    units = tuple(
+        Unit(name, start, stop, _names_digest(items[start:stop]))
+        for name, items in parts.items()
+        for start, stop in cut(items, data.shard_samples)
+    )
+    assert sum(unit.stop - unit.start for unit in units) == len(listing.items), "an item was lost"
+    described = [_settings(data), [dataclasses.astuple(unit) for unit in units]]
+    return Plan(units, digest_of(described), len(listing.items))
+
+
 def _published_state(config: Prepare) -> str:
     try:
         return str(json.loads(dataset_store(config).read("prepared.json"))["state"])
     except Missing:
         return ""
-
-
-def _passed_by(listing: Listing) -> str:
-    return "other files there: " + (", ".join(f"{n} {kind}" for kind, n in listing.passed_by.items()) or "none")
 
 
 def _changed(config: Prepare) -> str:
