@@ -45,6 +45,7 @@ class Task:
             other name something to log.
         validate: collective -> figures to log.
         draw: collective -> a PIL image on rank 0.
+        begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
 
     engines: Mapping[str, Engine]
@@ -53,6 +54,8 @@ class Task:
     step: Callable[[Tensors], Tensors]
     validate: Callable[[], Mapping[str, float]] = dict
     draw: Callable[[], Any] = lambda: None
+    begin: Callable[[track.Tracker], None] = lambda tracker: None
+    saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
 
 
 @dataclass
@@ -88,7 +91,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     def due(every: int) -> bool:
         return images > start and every > 0 and images // every > (images - batch) // every
 
-    with tracking(config, worker, record, state) as tracker, ahead(task, images, worker) as batches:
+    with tracking(task, config, worker, record, state) as tracker, ahead(task, images, worker) as batches:
         while True:
             done = images >= settings.images
             stop = False
@@ -112,6 +115,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     tracker.log(fresh, images)
             if images > start and record and (ending or due(settings.checkpoint_every)):
                 save(task, config, worker, record, images, clock, figures, tracker.pending() if tracker else [])
+                if tracker:
+                    task.saved(tracker, images)
             if ending:
                 break
 
@@ -135,13 +140,16 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
 
 
 @contextlib.contextmanager
-def tracking(config: Any, worker: Worker, record: runs.Record | None, state: Mapping[str, Any]) -> Iterator[Any]:
+def tracking(
+    task: Task, config: Any, worker: Worker, record: runs.Record | None, state: Mapping[str, Any]
+) -> Iterator[track.Tracker | None]:
     """Rank 0's tracker, with the points that were unsent at the checkpoint; delivers at the end, whatever it is."""
     if record is None or worker.rank:
         yield None
         return
     tracker = track.attach(config, record, state.get("unsent", ()))
     try:
+        task.begin(tracker)
         yield tracker
     finally:
         tracker.finish()

@@ -1,0 +1,307 @@
+"""Train the denoiser: cached latents -> the network that predicts their noise (Rombach et al. 2022, sections 3.2, 3.3).
+
+resolve -> train (on every worker): stream -> rows (draw, whiten, drop) -> step; validate, draw, checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calotype import runs, track
+from calotype.config import TrainDenoiser
+from calotype.data import cache, shards
+from calotype.data.store import Store, open_store
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError
+from calotype.model import folders
+from calotype.tasks.cache import resolve as resolve_cache
+from calotype.train import checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calotype.data.shards import Manifest, Sample
+    from calotype.data.stream import Batch
+    from calotype.train.engine import Engine
+
+NAME = "denoiser"  # of the engine, so of its files in a checkpoint
+HELD_OUT = 4096  # held-out latents that the validation loss looks at
+VALIDATION = 2**62  # their noise is drawn at positions that training never reaches
+SHOWN = 16  # images in the grid of an unconditional model
+
+
+# ------------------------------------------------------------------------------------------------ on submit
+
+
+def resolve(config: TrainDenoiser) -> TrainDenoiser:
+    """Names become digests, and what cannot be trained is refused.
+
+    Raises:
+        CalotypeError: no cache for this model, nothing to start from, or a setting that cannot be.
+    """
+    config = resolve_cache(config)
+    found = cache.load_cache(open_store(config.root), config)
+    if not found.split("train"):
+        raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
+    if config.cluster.workers > config.train.batch:
+        raise ConfigError(
+            f"cluster.workers={config.cluster.workers} is more than train.batch={config.train.batch}: "
+            "every worker needs an image of each batch"
+        )
+    if config.engine.precision == "fp16" and config.cluster.kind == "ray" and not config.cluster.gpus:
+        raise ConfigError("engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16 or fp32")
+    return resolve_start(config)
+
+
+def resolve_start(config: TrainDenoiser) -> TrainDenoiser:
+    """`denoiser.init_from` by content: of a run its newest checkpoint, of a folder its UNet's weights."""
+    start = config.denoiser.init_from
+    if not start:
+        return config
+    if start.startswith("run:"):
+        record = runs.find(config.root, "train_denoiser", start)
+        images = checkpoint.latest(record.artifacts)
+        if images is None:
+            raise ConfigError(f"denoiser.init_from={start} has no checkpoint yet: train it first")
+        denoiser = replace(config.denoiser, init_from=f"run:{record.identity}")
+        return replace(config, denoiser=replace(denoiser, init_digest=checkpoint.digest(record.artifacts, images)))
+    digest = hashlib.sha256()
+    with folders.opened(start, "unet", "denoiser.init_from") as folder:
+        for path in folders.weight_files(folder):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return replace(config, denoiser=replace(config.denoiser, init_digest=digest.hexdigest()))
+
+
+# ----------------------------------------------------------------------------------------------- on workers
+
+
+def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = None) -> dict[str, Any]:
+    """One worker's part of training; the same command goes on from the newest checkpoint.
+
+    The newest checkpoint of the run is all that drawing, evaluation and export need.
+
+    Returns:
+        `loss`, `validation_loss`, `images`, `images_per_second`, `data_wait_percent`, `goodput` and the other last
+        figures; empty when the worker was asked to stop before the end.
+    """
+    import torch
+
+    from calotype.data.stream import Stream
+    from calotype.model import conditioner
+    from calotype.model.denoiser import build_denoiser
+    from calotype.model.diffusion import Diffusion
+    from calotype.train import loop
+    from calotype.train.engine import Engine
+
+    root = open_store(config.root)
+    manifest = cache.load_cache(root, config)
+    latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
+    diffusion = Diffusion(config.diffusion)
+    batch, options = config.train.batch, {"lanes": config.train.lanes, "window": config.train.window}
+    micro = loop.micro_batch(config, worker.world)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # every worker starts from the same weights
+        model = build_denoiser(config, cache.shape_of(manifest.meta["encoding"]))
+    start_from_run(config, model)
+    steps = loop.accumulation(micro, batch, worker.world)
+    engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
+    rows = Rows(config, manifest, conditioner.empty(config.conditions))
+    held_out = HeldOut(config, worker, manifest, latents, rows, micro)
+    grid = Grid(config, worker, manifest)
+
+    def batches(position: int) -> Stream:
+        rank = {"rank": worker.rank, "world": worker.world, "position": position}
+        return Stream(latents, manifest.split("train"), seed=config.seed, batch=batch, **options, **rank)
+
+    def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {NAME: losses(engine, diffusion, part)}
+
+    task = loop.Task(
+        engines={NAME: engine},
+        batches=batches,
+        prepare=lambda share: rows.of(share.samples, share.positions.tolist()),
+        step=step,
+        validate=lambda: held_out.validate(engine, diffusion),
+        draw=lambda: grid.draw(engine, diffusion),
+        begin=lambda tracker: tell_inputs(tracker, config, manifest),
+        saved=lambda tracker, images: tell_model(tracker, record, images),
+    )
+    figures = loop.run(task, config, worker, record)
+    return {} if figures.pop("stopped") else figures
+
+
+def losses(engine: Engine, diffusion: Any, part: Mapping[str, Tensor]) -> Tensor:
+    """Per-sample losses (n,) of the denoiser on prepared rows (Rombach et al. 2022, eq. 3)."""
+    noisy = diffusion.add_noise(part["latent"], part["noise"], part["timestep"])
+    target = diffusion.target(part["latent"], part["noise"], part["timestep"])
+    cond = {name.removeprefix("cond."): value for name, value in part.items() if name.startswith("cond.")}
+    loss: Tensor = diffusion.loss(engine(noisy, part["timestep"], cond), target)
+    return loss
+
+
+class Rows:
+    """Stored samples -> what a step sees: `latent`, `noise` (n, C, h, w), `timestep` (n,), `cond.<name>`.
+
+    All that is random about a sample is drawn by its position in the stream, so it is the same on any worker.
+    """
+
+    def __init__(self, config: TrainDenoiser, manifest: Manifest, empty: Mapping[str, Tensor]) -> None:
+        self.config, self.empty = config, dict(empty)
+        self.mean, self.std = manifest.meta["channel_mean"], manifest.meta["channel_std"]
+        self.drops = {name: condition.drop for name, condition in config.conditions.items()}
+
+    def of(self, samples: list[Sample], positions: list[int], drop: bool = True) -> dict[str, Tensor]:
+        """Rows of these samples at these positions; `drop` False keeps all conditions."""
+        import torch
+
+        from calotype.model.conditioner import dropped
+
+        stored = [cache.decode_sample(sample, self.config.conditions) for sample in samples]
+        latent = torch.from_numpy(np.stack([entry["latent"] for entry in stored]))
+        draws = [self._draws(position, latent.shape[2:]) for position in positions]
+        posterior, noise = (torch.from_numpy(np.stack([draw[i] for draw in draws])) for i in (0, 1))
+        gaussian = latent.shape[1] == 2
+        # raw latents => drawn, whitened model latents
+        made = cache.to_model(latent[:, 0], latent[:, 1] if gaussian else None, posterior, self.mean, self.std)
+        rows = {"latent": made, "noise": noise, "timestep": torch.tensor([draw[2] for draw in draws])}
+        cond = {name: torch.from_numpy(np.stack([entry[name] for entry in stored])) for name in self.drops}
+        if drop:
+            masks = {name: torch.tensor([draw[3][name] for draw in draws]) for name in self.drops}
+            cond = dropped(cond, self.empty, masks)
+        return rows | {f"cond.{name}": value for name, value in cond.items()}
+
+    def _draws(self, position: int, shape: tuple[int, ...]) -> tuple[Any, Any, int, dict[str, bool]]:
+        from calotype.data.stream import Purpose, philox
+
+        seed = self.config.seed
+        posterior = philox(seed, position, Purpose.POSTERIOR).standard_normal(shape, dtype=np.float32)
+        noise = philox(seed, position, Purpose.NOISE).standard_normal(shape, dtype=np.float32)
+        timestep = int(philox(seed, position, Purpose.TIMESTEP).integers(self.config.diffusion.timesteps))
+        chances = philox(seed, position, Purpose.DROP).random(len(self.drops))
+        dropped = {name: bool(u < p) for (name, p), u in zip(self.drops.items(), chances, strict=True)}
+        return posterior, noise, timestep, dropped
+
+
+class HeldOut:
+    """The held-out latents, dealt to the workers; the same noise every time, so that losses can be compared."""
+
+    def __init__(
+        self, config: TrainDenoiser, worker: Worker, manifest: Manifest, latents: Store, rows: Rows, micro: int
+    ) -> None:
+        self.config, self.worker, self.latents, self.rows, self.micro = config, worker, latents, rows, micro
+        self.shards = manifest.split("held_out")
+        self.count = min(HELD_OUT, sum(shard.samples for shard in self.shards))
+        self._prepared: dict[str, Tensor] = {}
+
+    def validate(self, engine: Engine, diffusion: Any) -> dict[str, float]:
+        """`validation_loss` of the averaged weights, an exact mean; {} without a held-out split.  Collective."""
+        import torch
+
+        from calotype.train.loop import take
+
+        if not self.count:
+            return {}
+        world = min(self.worker.world, self.count)
+        rank = self.worker.rank % world  # with fewer latents than workers some repeat another's, weightless
+        own = self.worker.rank < world
+        if not self._prepared:
+            first, last = rank * self.count // world, (rank + 1) * self.count // world
+            mine = list(islice(shards.iterate(self.latents, self.shards), first, last))
+            self._prepared = self.rows.of(mine, [VALIDATION + index for index in range(first, last)], drop=False)
+        total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
+        with engine.averaged():
+            for start in range(0, math.ceil(self.count / world), self.micro):
+                part, weight = take(self._prepared, start, self.micro, self.worker.device)
+                total += (losses(engine, diffusion, part).double() * weight).sum() * own
+        if self.worker.world > 1:
+            torch.distributed.all_reduce(total)
+        return {"validation_loss": float(total) / self.count}
+
+
+class Grid:
+    """Pictures of `prompts` while it trains, drawn with the averaged weights by all workers together."""
+
+    def __init__(self, config: TrainDenoiser, worker: Worker, manifest: Manifest) -> None:
+        self.config, self.worker = config, worker
+        self.meta = manifest.meta
+        self.prompts = list(config.prompts) if config.conditions else [""] * SHOWN
+        self._autoencoder: Any = None
+
+    def draw(self, engine: Engine, diffusion: Any) -> Any:
+        """A PIL image on rank 0, None elsewhere and without prompts.  Collective."""
+        import torch
+
+        from calotype.model import conditioner
+        from calotype.model.metrics import grid
+        from calotype.model.sampler import sample
+
+        if not self.prompts:
+            return None
+        device, world = self.worker.device, self.worker.world
+        each = math.ceil(len(self.prompts) / world)  # the same number of calls everywhere: ZeRO-3 gathers in each
+        mine = [(self.worker.rank * each + i) % len(self.prompts) for i in range(each)]
+        cond = conditioner.prompted(self.config.conditions, [self.prompts[i] for i in mine], device)
+        empty = conditioner.empty(self.config.conditions, device)
+        shape = cache.shape_of(self.meta["encoding"])
+        seeds = [self.config.seed + index for index in mine]
+        with engine.averaged():
+            drawn = sample(engine, diffusion, self.config.sampler, cond, empty, shape, seeds, device)
+        if world > 1:
+            parts = [torch.empty_like(drawn) for _ in range(world)]
+            torch.distributed.all_gather(parts, drawn.contiguous())
+            drawn = torch.cat(parts)
+        if self.worker.rank:
+            return None
+        raw = cache.from_model(drawn[: len(self.prompts)], self.meta["channel_mean"], self.meta["channel_std"])
+        return grid(self._decode(raw.cpu()))
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        from calotype.model.autoencoder import load_autoencoder
+
+        if self._autoencoder is None:
+            self._autoencoder = load_autoencoder(self.config.autoencoder).eval().requires_grad_(False)
+        made: Tensor = self._autoencoder.decode(raw)
+        return made
+
+
+def start_from_run(config: TrainDenoiser, model: Any) -> None:
+    """Load the weights that `denoiser.init_from=run:...` was resolved to: the averaged ones, if there are."""
+    from calotype.model.denoiser import load_weights
+
+    start = config.denoiser.init_from
+    if not start.startswith("run:"):
+        return
+    record = runs.find(config.root, "train_denoiser", start)
+    for images in reversed(checkpoint.committed(record.artifacts)):
+        if checkpoint.digest(record.artifacts, images) == config.denoiser.init_digest:
+            load_weights(model, checkpoint.weights(record.artifacts, images, NAME), f"denoiser.init_from={start}")
+            return
+    raise CalotypeError(f"denoiser.init_from={start}: the checkpoint it was resolved to is gone; submit again")
+
+
+# -------------------------------------------------------------------------------------------------- lineage
+
+
+def tell_inputs(tracker: track.Tracker, config: TrainDenoiser, manifest: Manifest) -> None:
+    """The cache, and the run that trained the autoencoder, where one of ours did."""
+    root = open_store(config.root)
+    name = cache.cache_id(cache.encoding_id(manifest.meta["encoding"]), config.data.digest)
+    used = [
+        record
+        for record in runs.every(config.root)
+        if record.job == "train_autoencoder" and record.artifacts.at("autoencoder").uri == config.autoencoder.path
+    ]
+    tracker.inputs([track.Dataset(f"{config.data.name} latents", manifest.digest, root.at("caches", name).uri)], used)
+
+
+def tell_model(tracker: track.Tracker, record: runs.Record | None, images: int) -> None:
+    assert record is not None
+    tracker.model(NAME, record.artifacts.at(checkpoint.FOLDER, f"{images:012d}").uri, "diffusion", images)
