@@ -53,17 +53,17 @@ def execute(job: str, config: Any, run: Run) -> dict[str, Any]:
     """Open the run's record, run the body, publish its result.
 
     Returns:
-        The result; empty when the run was stopped before its end (the same command goes on).
+        The figures; nothing is published of a run that was stopped before its end (the same command goes on).
     """
     start = time.monotonic()
     record = runs.begin(job, config, lambda identity: track.create_run(config, job, identity), track.discard_run)
     with runs.attempt_of(record) as publish, track.open_run(config, record) as tracker:
         result = run(config, record, tracker)
-        if result:
+        if finished := not result.pop("stopped", False):
             result["seconds"] = round(time.monotonic() - start, 1)
             publish(result)
             tracker.figures(result)
-    if result:
+    if finished:
         show_result(record, result)
     else:
         print(f"{job} {record.name} stopped before its end; the same command goes on from its last checkpoint")
