@@ -1,6 +1,6 @@
 """Encode a dataset once, so that the denoiser trains on latents.
 
-    python jobs/cache_latents.py data=digits autoencoder.path=run:mine
+python jobs/cache_latents.py data=digits autoencoder.path=run:mine
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
             made.append(result)
             progress.update(len(made))
     figures = cache.commit(config, made)
-    tracker.picture("reconstructions", cache.picture(config), 0)
-    return figures
+    grid, quality = cache.picture(config)
+    tracker.picture("reconstructions", grid, 0)
+    return figures | quality
 
 
 if __name__ == "__main__":

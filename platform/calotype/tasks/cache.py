@@ -25,10 +25,10 @@ from calotype.data.store import Missing, Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
 from calotype.model import digests
+from calotype.tasks import encode
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
 Job = TypeVar("Job", CacheLatents, TrainDenoiser)
 T = TypeVar("T")
@@ -113,8 +113,9 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
     source = _dataset_store(config)
     latents = cache.latents_of(open_store(config.root), cache.encoding_of(config))
     model = load_autoencoder(config.autoencoder).to(worker.device).eval()
+    _check_unchanged(config, model)
 
-    def encode(unit: Shard) -> Made:
+    def encode_shard(unit: Shard) -> Made:
         key = cache.latent_key(unit)
         if (there := shards.existing_shard(latents, key)) is not None:
             return recognised(latents, there)
@@ -123,9 +124,9 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
         cut = 0
         with ThreadPoolExecutor(1, "decode") as pool:
             batches = _batches(shards.iterate(source, [unit]), config.encoding.batch)
-            for batch, pictures in _ahead(pool, ((b, _decoded(b, config)) for b in batches)):
-                raw = _encoded(model, pictures, config, worker.device)
-                made, longer = _stored(batch, pictures, raw, config, worker.device)
+            for batch, pictures in _ahead(pool, ((b, encode.decoded(b, config)) for b in batches)):
+                raw = encode.encoded(model, pictures, config, worker.device)
+                made, longer = encode.stored(batch, pictures, raw, config, worker.device)
                 samples += made
                 cut += longer
         shard, samples = _written(latents, key, samples, unit)
@@ -133,7 +134,20 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
         made_on = _remember(latents, shard, figures, worker.device)
         return Made(shard, figures, made_on, len(samples), time.monotonic() - start, cut)
 
-    return encode
+    return encode_shard
+
+
+def _check_unchanged(config: CacheLatents, model: Any) -> None:
+    """What was loaded is what the encoding names: weights may have been replaced since the job was submitted."""
+    if model.model is not None:
+        found = digests.encoder_digest(model.model.state_dict(), model.model.config)
+        if found != config.autoencoder.digest:
+            raise DataError(f"autoencoder.path={config.autoencoder.path} changed after this job was submitted (encoder "
+                            f"{found[:12]}, not {config.autoencoder.digest[:12]}): submit it again")  # fmt: skip
+    for name, condition in config.conditions.items():
+        if digests.condition_digest(condition) != condition.digest:
+            raise DataError(f"conditions.{name}: tokenizer or encoder changed after this job was submitted: submit it "
+                            "again")  # fmt: skip
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
@@ -147,84 +161,6 @@ def _ahead(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
     while (item := coming.result()) is not None:
         coming = pool.submit(next, items, None)
         yield item
-
-
-def _decoded(batch: Sequence[Sample], config: CacheLatents) -> list[images.Picture]:
-    size, limit = config.encoding.resolution, config.data.max_pixels
-    return [images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit) for sample in batch]
-
-
-def _encoded(
-    model: Any, pictures: Sequence[images.Picture], config: CacheLatents, device: str
-) -> tuple[Tensor, Tensor | None]:
-    """One encoder call of exactly `encoding.batch` images: no autotuning, no TF32, no dependence on neighbours."""
-    import torch
-
-    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(device)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        mean, std = model.encode(images.signed(pixels), batch=config.encoding.batch)
-    return mean.cpu(), None if std is None else std.cpu()
-
-
-def _stored(
-    batch: Sequence[Sample],
-    pictures: Sequence[images.Picture],
-    raw: tuple[Tensor, Tensor | None],
-    config: CacheLatents,
-    device: str,
-) -> tuple[list[Sample], int]:
-    """Source samples and their raw latents -> samples of the latent shard, and how many captions were cut."""
-    mean, std = raw
-    gaussian = std is not None and config.encoding.posterior == "gaussian"
-    both = np.stack([mean.numpy(), std.numpy()] if gaussian and std is not None else [mean.numpy()], axis=1)
-    abouts = [_about(sample, picture) for sample, picture in zip(batch, pictures, strict=True)]
-    values, cut = _conditions(batch, abouts, config.conditions, device)
-    made = []
-    for index, (sample, about) in enumerate(zip(batch, abouts, strict=True)):
-        latent = narrowed(both[index], config.encoding.dtype, sample.key)
-        arrays = {name: array[index] for name, array in values.items()}
-        made.append(cache.encode_sample(sample, latent, arrays, about))
-    return made, cut
-
-
-def narrowed(latent: np.ndarray[Any, Any], dtype: str, key: str) -> np.ndarray[Any, Any]:
-    """float32 -> `dtype`; what is not finite, or would not be, is refused by name."""
-    if not np.isfinite(latent).all():
-        raise DataError(f"the latent of sample {key} is not finite: the autoencoder's weights are broken")
-    with np.errstate(over="ignore"):
-        made = latent.astype(dtype)
-    if not np.isfinite(made).all():
-        raise DataError(f"the latent of sample {key} reaches {np.abs(latent).max():.4g}, more than {dtype} holds: "
-                        "set encoding.dtype=float32")  # fmt: skip
-    return made
-
-
-def _about(sample: Sample, picture: images.Picture) -> dict[str, Any]:
-    """What goes into `json`: caption, label, and the size of the original."""
-    found = json.loads(bytes(sample.members["json"])) if "json" in sample.members else {}
-    about = {"width": found.get("width", picture.width), "height": found.get("height", picture.height)}
-    if "txt" in sample.members:
-        about["text"] = bytes(sample.members["txt"]).decode()
-    if "label" in found:
-        about["label"] = found["label"]
-    return about
-
-
-def _conditions(
-    batch: Sequence[Sample], abouts: Sequence[Mapping[str, Any]], conditions: Mapping[str, Condition], device: str
-) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
-    from calotype.model import conditioner
-
-    made, cut = {}, 0
-    for name, condition in conditions.items():
-        for sample, about in zip(batch, abouts, strict=True):
-            if condition.source not in about:
-                raise DataError(f"sample {sample.key} has no {condition.source}, which conditions.{name} is made from")
-        values = [about[condition.source] for about in abouts]
-        made[name] = conditioner.inputs(condition, values, device).cpu().numpy()
-        if condition.source == "text":
-            cut += conditioner.cut(condition.tokenizer, values, condition.length)
-    return made, cut
 
 
 def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tuple[Shard, list[Sample]]:
@@ -248,7 +184,7 @@ def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tu
 
 
 def _remember(latents: Store, shard: Shard, figures: cache.Statistics, device: str) -> str:
-    made_on = machine(device)
+    made_on = encode.machine(device)
     data = {"format": MADE, "sha256": shard.sha256, "statistics": figures, "device": made_on}
     latents.publish(_made_key(shard), json.dumps(data, sort_keys=True).encode())
     return made_on
@@ -267,25 +203,6 @@ def recognised(latents: Store, shard: Shard) -> Made:
 
 def _made_key(shard: Shard) -> str:
     return f"{shard.key.removesuffix('.tar')}.made.json"
-
-
-def machine(device: str) -> str:
-    """Device model and library versions: latents are bit-exact for each of these."""
-    import platform
-
-    import diffusers
-    import torch
-
-    model = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(platform.machine())
-    return f"{model}; torch {torch.__version__}; diffusers {diffusers.__version__}"
-
-
-def _processor(architecture: str) -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return architecture
 
 
 # -------------------------------------------------------------------------------------------------- at the end
@@ -377,7 +294,7 @@ def picture(config: CacheLatents, count: int = 16) -> tuple[Image.Image, dict[st
     pairs = list(zip(dataset.shards, manifest.shards, strict=True))
     original, cached = next((pair for pair in pairs if pair[0].split != "train"), pairs[0])
     latents = root.at("latents", manifest_encoding(manifest))
-    pictures = _decoded(list(islice(shards.iterate(source, [original]), count)), config)
+    pictures = encode.decoded(list(islice(shards.iterate(source, [original]), count)), config)
     stored = [cache.decode_sample(s, ())["latent"][0] for s in islice(shards.iterate(latents, [cached]), count)]
     raw = torch.from_numpy(np.stack(stored).astype(np.float32))
     made = load_autoencoder(config.autoencoder).eval().decode(raw).clamp(-1, 1)
