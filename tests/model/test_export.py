@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calotype import config
+from calotype.errors import ConfigError
+from calotype.model.autoencoder import Autoencoder
+from calotype.model.conditioner import empty, prompted
+from calotype.model.denoiser import build_denoiser
+from calotype.model.diffusion import Diffusion
+from calotype.model.export import check_exportable, export, folded
+from calotype.model.sampler import initial_noise, sample
+from diffusers import AutoencoderKL
+
+MEAN, STD = [0.5, -1.0, 2.0, 0.1], [2.0, 0.3, 1.5, 0.7]
+PROMPTS = ["a photo of seven", "the digit 3"]
+TEXT = config.Condition(
+    length=12,
+    encoder={
+        "_target_": "transformers.CLIPTextModel",
+        "config": {
+            "_target_": "transformers.CLIPTextConfig",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
+)
+UNET = {
+    "_target_": "diffusers.UNet2DConditionModel",
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+
+
+def job(prediction: str = "epsilon", **changes: object) -> config.TrainDenoiser:
+    made = config.TrainDenoiser(
+        name="x",
+        data=config.Data(name="d"),
+        conditions={"text": TEXT},
+        denoiser=config.Denoiser(model=UNET),
+        diffusion=config.Diffusion(prediction=prediction),
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def autoencoder(quant: bool = True) -> Autoencoder:
+    model = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+    return Autoencoder(model.eval(), 4, 4)
+
+
+@pytest.mark.parametrize("quant", [True, False])
+def test_folding_moves_the_whitening_into_the_autoencoder(quant: bool) -> None:
+    torch.manual_seed(0)
+    raw = autoencoder(quant)
+    white = Autoencoder(folded(raw.model, MEAN, STD), 4, 4)
+    images = torch.randn(2, 3, 16, 16)
+    mean, std = (torch.tensor(x).reshape(1, 4, 1, 1) for x in (MEAN, STD))
+    z, sigma = raw.encode(images)
+    w, white_sigma = white.encode(images)
+    assert sigma is not None
+    assert white_sigma is not None
+    torch.testing.assert_close(w, (z - mean) / std, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(white_sigma, sigma / std, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(white.decode(w), raw.decode(z), atol=1e-5, rtol=1e-4)
+    assert white.model.config.scaling_factor == 1
+
+
+@pytest.mark.parametrize(("kind", "prediction"), [("ddim", "epsilon"), ("dpm++", "v_prediction"), ("euler", "epsilon"),
+                                                  ("ddim", "v_prediction"), ("euler", "v_prediction")])  # fmt: skip
+def test_plain_pipeline_draws_the_same_images(tmp_path: Path, kind: str, prediction: str) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(1)
+    settings, ours = job(prediction), autoencoder()
+    denoiser = build_denoiser(settings, (4, 8, 8)).eval()
+    export(tmp_path, denoiser, ours, settings, MEAN, STD, kind)
+    drawn = sample(denoiser, Diffusion(settings.diffusion), config.Sampler(kind=kind, steps=4, guidance=3.0),
+                   prompted(settings.conditions, PROMPTS), empty(settings.conditions), (4, 8, 8), [7, 8])  # fmt: skip
+    raw = drawn * torch.tensor(STD).reshape(1, 4, 1, 1) + torch.tensor(MEAN).reshape(1, 4, 1, 1)
+    expected = ours.decode(raw).clamp(-1, 1) / 2 + 0.5
+
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path))
+    pipeline.set_progress_bar_config(disable=True)
+    got = pipeline(PROMPTS, latents=initial_noise((4, 8, 8), [7, 8]), num_inference_steps=4, guidance_scale=3.0,
+                   height=32, width=32, output_type="np").images  # fmt: skip
+    assert np.ptp(got) > 0.05, "flat images would agree whatever the sampler does"
+    assert np.abs(got - expected.permute(0, 2, 3, 1).numpy()).max() < 2e-4
+
+
+def test_the_folder_needs_no_calotype(tmp_path: Path) -> None:
+    settings = job()
+    export(tmp_path, build_denoiser(settings, (4, 8, 8)), autoencoder(), settings, MEAN, STD)
+    script = (
+        "import sys; from diffusers import StableDiffusionPipeline\n"
+        f"p = StableDiffusionPipeline.from_pretrained({str(tmp_path)!r}); p.set_progress_bar_config(disable=True)\n"
+        "image = p('a seven', num_inference_steps=2).images[0]\n"
+        "assert image.size == (32, 32), image.size\n"
+        "assert not any(name.startswith('calotype') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=120)
+    assert not list(tmp_path.rglob("*.bin")), "pickled weights"
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["scaling_factor"] == 1
+    assert {"vocab.json", "merges.txt"} <= {file.name for file in (tmp_path / "tokenizer").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (job(autoencoder=config.Autoencoder(kind="identity", f=1, channels=3)), "pixel space"),
+        (job(conditions={}), "unconditional"),
+        (job(conditions={"label": config.Condition(kind="class", source="label", classes=10)}), "conditions.label"),
+        (job(conditions={"a": TEXT, "b": TEXT}), "a, b"),
+    ],
+)
+def test_what_the_pipeline_cannot_do_is_refused_by_name(settings: config.TrainDenoiser, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_exportable(settings)
