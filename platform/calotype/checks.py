@@ -10,6 +10,7 @@ from calotype.errors import ConfigError
 
 # Code that a config may name with `_target_`.  Everything else is refused before anything is imported.
 TARGETS = ("diffusers.", "transformers.", "torch.optim.")
+HYDRA_KEYS = ("_partial_", "_args_", "_recursive_", "_convert_")  # would change what is built; none has a use here
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data.kind": ("digits", "folder"),
@@ -107,6 +108,8 @@ def check_targets(node: Any, where: str) -> None:
         node = vars(node)
     if isinstance(node, Mapping):
         for key, value in node.items():
+            if str(key) in HYDRA_KEYS:
+                raise ConfigError(f"{where}.{key} is not used here: only _target_ and its arguments are")
             if key == "_target_" and not (isinstance(value, str) and value.startswith(TARGETS)):
                 raise ConfigError(f"{where}._target_={value!r} is not allowed: "
                                   f"name something under {', '.join(TARGETS)}")

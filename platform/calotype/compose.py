@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from calotype.checks import check
 from calotype.config import JOBS, MISSING, Autoencoder, Data
 from calotype.errors import ConfigError
+from calotype.sentences import one_sentence, unknown
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def compose(job: str, overrides: Sequence[str] = ()) -> Any:
             node = hydra_compose(job, list(overrides))
         return validated(job, node)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_sentence(error)) from None
+        raise ConfigError(one_sentence(error, shipped("conf"))) from None
 
 
 def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Sequence[str]) -> None:
@@ -82,7 +83,7 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
     try:
         hydra.main(config_path=str(shipped("conf")), config_name=job, version_base="1.3")(run)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_sentence(error)) from None
+        raise ConfigError(one_sentence(error, shipped("conf"))) from None
     finally:
         sys.argv = argv0
 
@@ -98,7 +99,7 @@ def validated(job: str, node: Any) -> Any:
             raise ConfigError(f"{missing[0]} is missing: give {missing[0]}=...")
         config = build(JOBS[job], OmegaConf.to_container(node, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(one_sentence(error)) from None
+        raise ConfigError(one_sentence(error, shipped("conf"))) from None
     check(config)
     return config
 
@@ -110,7 +111,7 @@ def explained(job: str) -> str:
     for folder in sorted(path for path in shipped("conf").iterdir() if path.is_dir() and path.name != "hydra"):
         options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         chosen = [o.split("/")[-1] if o.endswith(f"/{job}") else o for o in options]
-        if folder.name in (*(item.name for item in dataclasses.fields(cls)), "experiment", "debug"):  # type: ignore[arg-type]
+        if folder.name in (*(item.name for item in dataclasses.fields(cls)), "experiment", "debug"):
             lines.append(f"  {folder.name}: {', '.join(o for o, c in zip(options, chosen) if '/' not in o or c != o)}")
     lines += ["", "settings (override with NAME=VALUE; * is not part of the run's identity):", *_settings(cls, "")]
     flags = "--cfg job (print the config)  -m (one run per combination)  -sc install=bash (shell completion)"
@@ -131,14 +132,6 @@ def _settings(cls: Any, prefix: str) -> list[str]:
         if args and dataclasses.is_dataclass(args[-1]):
             lines += _settings(args[-1], f"{prefix}{item.name}.NAME.")
     return lines
-
-
-def one_sentence(error: BaseException) -> str:
-    """The lines of a Hydra error that tell the user what to change."""
-    cause = error.__cause__ or error
-    lines = [line.strip() for line in f"{error}\n{cause if cause is not error else ''}".splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("object_type", "reference_type", "Set the environment"))]
-    return " ".join(dict.fromkeys(keep)) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------ schemas for OmegaConf, data for us
@@ -166,7 +159,7 @@ def _mutable(cls: Any, seen: dict[Any, Any] = {}) -> Any:  # noqa: B006 (a cache
                 fields.append((item.name, made, dataclasses.field(default_factory=made)))
             else:
                 fields.append((item.name, made, dataclasses.field(default_factory=lambda d=default: d)))  # type: ignore[misc]
-        seen[cls] = dataclasses.make_dataclass(str(cls.__name__), fields)
+        seen[cls] = dataclasses.make_dataclass(typing.cast(type, cls).__name__, fields)
     return seen[cls]
 
 
@@ -184,10 +177,10 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where or 'config'} must be a group of settings, not {value!r}")
-        fields = dict((item.name, kind) for item, kind in _fields(hint))
+        fields = {item.name: kind for item, kind in _fields(hint)}
         for key in value:
             if key not in fields:
-                raise ConfigError(f"{where}{'.' if where else ''}{key} is not a setting: known are {', '.join(fields)}")
+                raise ConfigError(unknown(f"{where}.{key}".lstrip("."), fields))
         made = {key: _build(fields[key], item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
         return hint(**made)  # type: ignore[operator]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
