@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from calotype.cluster import local
+from calotype.environment import FOREIGN, SERVICES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,13 +29,13 @@ class Stack:
 def stack() -> Iterator[Stack]:
     home = Path(tempfile.mkdtemp(prefix="calotype test ")) / ".calotype"  # a space, on purpose
     before = dict(os.environ)
-    for names in local.VARIABLES.values():
-        for name in names:
+    for service, names in SERVICES.items():
+        for name in (*names, *FOREIGN.get(service, ())):
             os.environ.pop(name, None)
     os.environ["CALOTYPE_HOME"] = str(home)
     try:
         local.up(home)
-        names = ["CALOTYPE_HOME", *(name for names in local.VARIABLES.values() for name in names)]
+        names = ["CALOTYPE_HOME", *(name for names in SERVICES.values() for name in names)]
         yield Stack(home, {name: os.environ[name] for name in names})
     finally:
         local.down(home)

