@@ -27,7 +27,7 @@ from calotype.errors import CalotypeError, ConfigError
 
 __all__ = ["Entry", "FolderStore", "Missing", "S3Store", "Store", "open_store"]
 
-SINGLE_PUT = 64 * 2**20  # bytes; bigger files go up in parts
+SINGLE_PUT = 5 * 2**30  # bytes of one put, S3's limit; bigger files are published in parts
 CONNECTIONS = 64  # pool of one client: parallel range GETs must not queue for a socket
 ATTEMPTS = 5  # of a read whose body broke off, and of a put that met another writer
 
@@ -62,14 +62,17 @@ _BROKEN_BODY = (
 )
 
 
-def _client() -> Any:
-    """One client per process and account: sockets do not survive a fork, and clients are slow to make."""
+def _client(attempts: int = 9) -> Any:
+    """One client per process and account: sockets do not survive a fork, and clients are slow to make.
+
+    Nine attempts ride out about half a minute without the server.
+    """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    account = (os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_PROFILE"))
+    account = (attempts, os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_PROFILE"))
     with _clients_lock:  # making a client is not thread-safe, using one is
         if account not in _clients:
             config = Config(
-                retries={"mode": "standard", "max_attempts": 8},
+                retries={"mode": "standard", "total_max_attempts": attempts},
                 connect_timeout=5,
                 read_timeout=60,
                 max_pool_connections=CONNECTIONS,
@@ -152,7 +155,7 @@ class S3Store(Store):
 
     def write(self, key: str, data: bytes | Path) -> None:
         with _explained(f"{self.uri}/{key}"):
-            if isinstance(data, Path) and data.stat().st_size > SINGLE_PUT:
+            if isinstance(data, Path):
                 _client().upload_file(str(data), self.bucket, self._name(key), Config=TransferConfig(max_concurrency=4))
             else:
                 self._put(key, data)
@@ -182,7 +185,7 @@ class S3Store(Store):
     def ensure(self) -> None:
         with _explained(self.uri):
             try:
-                _client().head_bucket(Bucket=self.bucket)
+                _client(attempts=2).head_bucket(Bucket=self.bucket)
             except botocore.exceptions.ClientError as error:
                 if _code(error) not in ("404", "NoSuchBucket", "NotFound"):
                     raise
@@ -217,7 +220,11 @@ class S3Store(Store):
             _client().put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **headers)
 
     def _publish_parts(self, name: str, path: Path) -> bool:
-        """A big file in parts; nothing is visible, and nothing decided, before the conditional completion."""
+        """A file too big for one put; nothing is visible, and nothing decided, before the conditional completion.
+
+        SeaweedFS 4.48 can tell two writers that complete at one moment that both made the key; it never errs on
+        single puts, so those are used wherever S3 allows.
+        """
         client, token = _client(), uuid.uuid4().hex
         parts: Parts = []
         where = {"Bucket": self.bucket, "Key": name}
