@@ -208,13 +208,12 @@ class Proxy:
     @staticmethod
     def _pump(source: socket.socket, target: socket.socket, limit: int) -> None:
         sent = 0
-        while data := source.recv(65536):
-            if 0 <= limit < sent + len(data):
-                data = data[: limit - sent]
-                target.sendall(data)
-                break
-            target.sendall(data)
-            sent += len(data)
+        with suppress(OSError):  # either end may hang up
+            while data := source.recv(65536):
+                target.sendall(data if limit < 0 else data[: limit - sent])
+                sent += len(data)
+                if 0 <= limit <= sent:
+                    break
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -5,6 +5,7 @@ The only room that knows boto3.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 import boto3
@@ -111,6 +112,10 @@ def _explained(uri: str) -> Iterator[None]:
         raise CalotypeError(f"{uri} cannot be reached ({error}): check AWS_ENDPOINT_URL_S3 and the server") from error
 
 
+def _opened(data: bytes | Path) -> BinaryIO:
+    return open(data, "rb") if isinstance(data, Path) else io.BytesIO(data)
+
+
 @dataclass(frozen=True)
 class S3Store(Store):
     """Any S3 that knows `If-None-Match: *` on put and on completing a multipart upload.  Standard AWS_* settings."""
@@ -147,7 +152,7 @@ class S3Store(Store):
 
     def publish(self, key: str, data: bytes | Path) -> bool:
         with _explained(f"{self.uri}/{key}"):
-            if isinstance(data, Path) and data.stat().st_size > SINGLE_PUT:
+            if (data.stat().st_size if isinstance(data, Path) else len(data)) > SINGLE_PUT:
                 return not self.exists(key) and self._publish_parts(self._name(key), data)
             token = uuid.uuid4().hex
             headers = {"IfNoneMatch": "*", "Metadata": {"writer": token}}
@@ -155,10 +160,8 @@ class S3Store(Store):
 
     def write(self, key: str, data: bytes | Path) -> None:
         with _explained(f"{self.uri}/{key}"):
-            if isinstance(data, Path):
-                _client().upload_file(str(data), self.bucket, self._name(key), Config=TransferConfig(max_concurrency=4))
-            else:
-                self._put(key, data)
+            with _opened(data) as body:  # in parts where it is big
+                _client().upload_fileobj(body, self.bucket, self._name(key), Config=TransferConfig(max_concurrency=4))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for page in self._pages(Prefix=self._below() + prefix):
@@ -213,13 +216,10 @@ class S3Store(Store):
             yield from _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, **query)
 
     def _put(self, key: str, data: bytes | Path, **headers: Any) -> None:
-        if isinstance(data, Path):
-            with open(data, "rb") as body:
-                _client().put_object(Bucket=self.bucket, Key=self._name(key), Body=body, **headers)
-        else:
-            _client().put_object(Bucket=self.bucket, Key=self._name(key), Body=data, **headers)
+        with _opened(data) as body:
+            _client().put_object(Bucket=self.bucket, Key=self._name(key), Body=body, **headers)
 
-    def _publish_parts(self, name: str, path: Path) -> bool:
+    def _publish_parts(self, name: str, data: bytes | Path) -> bool:
         """A file too big for one put; nothing is visible, and nothing decided, before the conditional completion.
 
         SeaweedFS 4.48 can tell two writers that complete at one moment that both made the key; it never errs on
@@ -230,9 +230,9 @@ class S3Store(Store):
         where = {"Bucket": self.bucket, "Key": name}
         where["UploadId"] = client.create_multipart_upload(**where, Metadata={"writer": token})["UploadId"]
         try:
-            with open(path, "rb") as file:
-                while data := file.read(PART):
-                    part = client.upload_part(**where, PartNumber=len(parts) + 1, Body=data)
+            with _opened(data) as body:
+                while piece := body.read(PART):
+                    part = client.upload_part(**where, PartNumber=len(parts) + 1, Body=piece)
                     parts.append({"ETag": part["ETag"], "PartNumber": len(parts) + 1})
             done = {"MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
             return self._conditional(name, token, lambda: client.complete_multipart_upload(**where, **done))
