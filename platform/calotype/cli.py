@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ Resolve = Callable[[Any], Any]
 def job_main(job: str, resolve: Resolve, run: Run) -> None:
     """What `python jobs/JOB.py` does: compose, check, resolve and run here; `--resolved URI` runs what was submitted."""
     argv = sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("calotype").setLevel(logging.INFO)
     with said_in_one_sentence():
         load_services()
         if argv[:1] == ["--resolved"]:

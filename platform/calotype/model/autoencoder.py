@@ -121,7 +121,7 @@ def load_autoencoder(autoencoder: config.Autoencoder) -> Autoencoder:
         weight_files(folder)  # refuses a folder that has only pickles, in our words
         from diffusers import AutoencoderKL
 
-        model = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+        model = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32)
         assert read_config(folder)["latent_channels"] == channels
     return Autoencoder(_kl(model, autoencoder).eval(), f, channels)
 
