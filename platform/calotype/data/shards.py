@@ -241,22 +241,17 @@ def _header(name: str, size: int, where: str) -> bytes:
 
 
 def _arrays(samples: Sequence[Sample], name: str, where: str) -> dict[str, Any]:
-    """dtype and shape of a .npy member, from the headers."""
-    found = set()
-    for sample in samples:
-        if name in sample.members:
-            file = io.BytesIO(sample.members[name][:4096])
-            try:
-                read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else None
-                shape, _, dtype = read(file) if read else np.lib.format.read_array_header_2_0(file)
-            except ValueError as error:
-                raise DataError(f"{where}: {sample.key}.{name} is not an array in .npy format ({error})") from error
-            found.add((dtype.str, shape))
-    dtypes, shapes = {dtype for dtype, _ in found}, {shape for _, shape in found}
-    return {
-        "dtype": dtypes.pop() if len(dtypes) == 1 else None,
-        "shape": list(shapes.pop()) if len(shapes) == 1 else None,
-    }
+    """dtype and shape of a .npy member, None where samples differ."""
+    dtypes, shapes = set(), set()
+    for sample in (sample for sample in samples if name in sample.members):
+        try:
+            array = np.load(io.BytesIO(sample.members[name]), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{where}: {sample.key}.{name} is not an array in .npy format ({error})") from error
+        dtypes.add(array.dtype.str)
+        shapes.add(array.shape)
+    shape = list(shapes.pop()) if len(shapes) == 1 else None
+    return {"dtype": dtypes.pop() if len(dtypes) == 1 else None, "shape": shape}
 
 
 def _publish_columns(store: Store, key: str, samples: Sequence[Sample], columns: Mapping[str, list[Any]]) -> str:
@@ -356,11 +351,7 @@ def _untar(data: bytes) -> list[Sample]:
 
 
 def read_tar(store: Store, key: str) -> list[Sample]:
-    """The samples of a tar whose sidecar is not there (yet): what another writer of the same shard published.
-
-    Raises:
-        DataError: it is not a tar that `write_shard` wrote.
-    """
+    """The samples of a tar whose sidecar is not there (yet): what another writer of the same shard published."""
     data = store.read(key)
     try:
         assert data[-2 * BLOCK :] == bytes(2 * BLOCK)

@@ -159,9 +159,8 @@ class S3Store(Store):
             return self._conditional(self._name(key), token, lambda: self._put(key, data, **headers))
 
     def write(self, key: str, data: bytes | Path) -> None:
-        with _explained(f"{self.uri}/{key}"):
-            with _opened(data) as body:  # in parts where it is big
-                _client().upload_fileobj(body, self.bucket, self._name(key), Config=TransferConfig(max_concurrency=4))
+        with _explained(f"{self.uri}/{key}"), _opened(data) as body:  # in parts where it is big
+            _client().upload_fileobj(body, self.bucket, self._name(key), Config=TransferConfig(max_concurrency=4))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for page in self._pages(Prefix=self._below() + prefix):
