@@ -228,7 +228,7 @@ def _call(method: str, path: str, data: bytes | None = None) -> bytes:
     except OSError as error:
         why = getattr(error, "reason", error)
         raise Unanswered(
-            f"Ray does not answer at {address} ({why}): `calotype status` shows the embedded one, `calotype up` mends it"
+            f"Ray does not answer at {address} ({why}): `calotype status` shows the embedded one"
         ) from None
 
 

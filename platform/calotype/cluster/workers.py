@@ -1,0 +1,159 @@
+"""What runs on the cluster's workers: units of a `map`, the ranks of a training; and the flags between them and the
+driver, which are small values in the cluster's key-value store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from calotype.config import Cluster, Job
+from calotype.environment import Worker
+from calotype.errors import CalotypeError
+from calotype.runs import Record
+
+Body = Callable[[Any, Worker, Record], dict[str, Any]]
+
+POLL = 0.5  # seconds between two looks for a stop or an error
+SPACE = "calotype"  # of the key-value store
+# What can only be a bug, and would fail the same way again.  Not RuntimeError: a rank whose neighbour died raises it.
+BUGS = (TypeError, ValueError, LookupError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
+
+
+class Units:
+    """An actor that makes units, one at a time."""
+
+    def __init__(self, make: Any, config: Job, rank: int, world: int) -> None:
+        self._start = (make, config, rank, world)
+        self._work: Any = None
+
+    def work(self, unit: Any) -> Any:
+        if self._work is None:  # here and not in the constructor: what `make` raises comes through as it is
+            make, config, rank, world = self._start
+            _use_threads(config.cluster.cpus)
+            device = "cuda:0" if config.cluster.gpus else "cpu"
+            self._work = make(config, Worker(rank, world, 0, device, config.cluster.cpus))
+        return self._work(unit)
+
+
+def run_one(body: Body, config: Job, record: Record) -> dict[str, Any]:
+    _use_threads(config.cluster.cpus)
+    return body(config, worker_here(config.cluster), record)
+
+
+def worker_here(cluster: Cluster, stop: Callable[[], bool] = lambda: False) -> Worker:
+    return Worker(0, 1, 0, "cuda:0" if cluster.gpus else "cpu", cluster.cpus, stop)
+
+
+def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
+    """One rank: join the process group, run the body, leave."""
+    key = payload["key"]
+    try:
+        return _in_group(payload)
+    except BaseException as error:
+        if isinstance(error, (CalotypeError, *BUGS)):
+            put(f"{key}:error", packed(error), overwrite=False)
+        raise
+
+
+def _in_group(payload: dict[str, Any]) -> dict[str, Any] | None:
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    config: Job = payload["config"]
+    context = ray.train.get_context()
+    rank, world, local = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+    where = broadcast_from_rank_zero(_free_address() if rank == 0 else None)
+    assert where is not None
+    _use_threads(config.cluster.cpus)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    numbers = (rank, world, local, context.get_local_world_size(), *where)
+    os.environ.update(zip(names, [str(number) for number in numbers], strict=True))  # DeepSpeed reads them
+
+    import torch
+
+    torch.set_num_threads(config.cluster.cpus)
+    device = "cpu"
+    if config.cluster.gpus:
+        from ray.train.torch import get_device
+
+        device = str(get_device())
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if config.cluster.gpus else "gloo")
+    with _stop_flag(payload["key"]) as asked:
+        result = payload["body"](
+            config, Worker(rank, world, local, device, config.cluster.cpus, asked.is_set), payload["record"]
+        )
+    torch.distributed.destroy_process_group()
+    return result if rank == 0 else None
+
+
+@contextlib.contextmanager
+def _stop_flag(key: str) -> Iterator[threading.Event]:
+    """An event that follows the cluster's flag, so that looking at it costs a step nothing."""
+    asked, over = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(POLL) and not asked.is_set():
+            with contextlib.suppress(Exception):  # a head that is busy for a moment
+                if get(f"{key}:stop"):
+                    asked.set()
+
+    thread = threading.Thread(target=look, name="stop", daemon=True)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        over.set()
+        thread.join()
+
+
+def _use_threads(count: int) -> None:
+    """cluster.cpus is also the number of compute threads; to be said before numpy or torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def _free_address() -> tuple[str, int]:
+    import socket
+
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return address, int(probe.getsockname()[1])
+
+
+# ------------------------------------------------------------------------------- the cluster's key-value store
+
+
+def put(name: str, value: bytes, overwrite: bool = True) -> None:
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(name, value, overwrite, namespace=SPACE)
+
+
+def get(name: str) -> bytes | None:
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(name, namespace=SPACE)
+
+
+def packed(error: BaseException) -> bytes:
+    text = traceback.format_exc()
+    try:
+        return pickle.dumps((error, text))
+    except Exception:  # an exception of a kind that does not travel
+        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
+
+
+def unpacked(data: bytes) -> BaseException:
+    error, text = pickle.loads(data)  # written by our own workers, behind the cluster's token
+    if not isinstance(error, CalotypeError):
+        error.__cause__ = RuntimeError(f"on a worker:\n{text}")
+    return error
