@@ -87,7 +87,7 @@ class Order:
         self.seed, self.batch, self.lanes, self.window = seed, batch, lanes or batch, window
         if not len(self.counts) or self.counts.min() < 1:
             raise DataError("there is nothing to stream: no chunks, or one without samples")
-        if batch < 1 or batch % self.lanes or window < 1:
+        if batch < 1 or self.lanes < 1 or batch % self.lanes or window < 1:
             raise ConfigError(f"train.lanes={lanes} must divide train.batch={batch}, and train.window={window} be > 0")
         self._total = int(self.counts.sum())
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
