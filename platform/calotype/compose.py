@@ -7,6 +7,7 @@ changes the computation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from calotype.checks import check
 from calotype.config import JOBS, MISSING, Autoencoder, Data
-from calotype.errors import ConfigError
+from calotype.errors import CalotypeError, ConfigError
 from calotype.sentences import one_sentence, unknown
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
 
     Raises:
         ConfigError: as `compose`.
+        CalotypeError: the first one that the body raised.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -71,9 +73,15 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
 
     store_schemas()
 
-    def run(node: Any) -> Any:
+    refused: list[CalotypeError] = []
+
+    def run(node: Any) -> None:
         runtime = HydraConfig.get()
-        return body(validated(job, node), list(runtime.overrides.task) if runtime.mode == RunMode.MULTIRUN else None)
+        overrides = list(runtime.overrides.task) if runtime.mode == RunMode.MULTIRUN else None
+        try:
+            body(validated(job, node), overrides)
+        except CalotypeError as error:  # kept from Hydra, which has more to say
+            refused.append(error)
 
     if {"-h", "--help"} & set(argv):
         print(explained(job))
@@ -86,6 +94,8 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
         raise ConfigError(one_sentence(error, shipped("conf"))) from None
     finally:
         sys.argv = argv0
+    if refused:
+        raise refused[0]
 
 
 def validated(job: str, node: Any) -> Any:
@@ -137,6 +147,7 @@ def _settings(cls: Any, prefix: str) -> list[str]:
 # ------------------------------------------------------------------------------ schemas for OmegaConf, data for us
 
 
+@functools.cache
 def store_schemas() -> None:
     """Register `schema/JOB` for every job, so that Hydra refuses unknown keys and wrong types as it composes."""
     from hydra.core.config_store import ConfigStore
@@ -238,6 +249,8 @@ def identity(job: str, config: Any) -> str:
     settings = identity_fields(config)
     if "train" in settings and config.optim.schedule == "constant":
         settings["train"].pop("images", None)  # a longer run continues the shorter one
+        if not settings["train"]:
+            del settings["train"]  # as if no length had been given
     return digest_of({"version": IDENTITY_VERSION, "job": job, "settings": settings})[:32]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def one_sentence(error: BaseException, conf: Path) -> str:
     if type(error).__name__ == "OverrideParseException":
         said = str(getattr(error, "override", ""))
         return f"{said!r} cannot be read: write NAME=VALUE, with a value that has spaces or brackets in quotes"
+    if strange := re.match(r"In '(\S+?)/(\S+)': .*full_key: (\S+)", str(error), re.DOTALL):
+        return "{}={} sets {}, which this job does not have: leave it out".format(*strange.groups())
     cause = error.__cause__ or error
     key = str(getattr(cause, "full_key", None) or "")
     message = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(error).__name__)
