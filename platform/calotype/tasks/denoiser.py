@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calotype.data.shards import Manifest, Sample
-    from calotype.data.stream import Batch
     from calotype.train.engine import Engine
 
 NAME = "denoiser"  # of the engine, so of its files in a checkpoint
@@ -167,7 +166,8 @@ class Rows:
         stored = [cache.decode_sample(sample, self.config.conditions) for sample in samples]
         latent = torch.from_numpy(np.stack([entry["latent"] for entry in stored]))
         draws = [self._draws(position, latent.shape[2:]) for position in positions]
-        posterior, noise = (torch.from_numpy(np.stack([draw[i] for draw in draws])) for i in (0, 1))
+        posterior = torch.from_numpy(np.stack([draw[0] for draw in draws]))
+        noise = torch.from_numpy(np.stack([draw[1] for draw in draws]))
         gaussian = latent.shape[1] == 2
         # raw latents => drawn, whitened model latents
         made = cache.to_model(latent[:, 0], latent[:, 1] if gaussian else None, posterior, self.mean, self.std)

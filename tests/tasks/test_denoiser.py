@@ -1,0 +1,345 @@
+"""train_denoiser on a real (tiny) cache: the same losses on any engine, from any checkpoint, after any death."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calotype import config as C
+from calotype.compose import as_data
+from calotype.data import cache, shards
+from calotype.data.store import open_store
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError
+from calotype.tasks import cache as cache_task
+from calotype.tasks import denoiser
+from calotype.train import checkpoint
+from PIL import Image
+
+SPAWNED = Path(__file__).with_name("spawned.py")
+BATCH, STEPS, EDGE = 8, 200, 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 90 small pictures and its cache in pixel space."""
+    root = tmp_path_factory.mktemp("root")
+    store = open_store(str(root)).at("datasets", "dots")
+    rows = []
+    for split, count in (("train", 70), ("held_out", 20)):
+        samples = []
+        for index in range(count):
+            random = np.random.default_rng([index, count])
+            picture = np.full((EDGE, EDGE, 3), random.integers(0, 100), np.uint8)
+            picture[random.integers(8), random.integers(8)] = 255
+            png = io.BytesIO()
+            Image.fromarray(picture).save(png, "png")
+            label = index % 3
+            samples.append(
+                shards.Sample(
+                    f"{split}{index:03d}",
+                    {
+                        "png": png.getvalue(),
+                        "txt": f"a dot {label}".encode(),
+                        "json": json.dumps({"label": label}).encode(),
+                    },
+                )
+            )
+        rows.append(shards.write_shard(store, f"shards/{split}-0-00000.tar", samples, 16, split))
+    shards.publish_dataset(store, shards.Manifest(shards.DATASET, "dots", ("png", "txt", "json"), tuple(rows), {}))
+    made = cache_task.resolve(C.CacheLatents(**common(str(root))))
+    encode = cache_task.make(made, Worker())
+    cache_task.commit(made, [encode(unit) for unit in cache_task.plan(made)])
+    return str(root)
+
+
+def common(root: str) -> dict[str, Any]:
+    encoder = {"_target_": "transformers.CLIPTextModel",
+               "config": {"_target_": "transformers.CLIPTextConfig", "hidden_size": 16, "intermediate_size": 32,
+                          "num_hidden_layers": 1, "num_attention_heads": 2}}  # fmt: skip
+    return {
+        "name": "test", "root": root, "seed": 3, "data": C.Data(name="dots"),
+        "autoencoder": C.Autoencoder(kind="identity", f=1, channels=3),
+        "encoding": C.Encoding(resolution=EDGE, dtype="float32", posterior="deterministic", batch=8),
+        "conditions": {"text": C.Condition(length=6, drop=0.2, encoder=encoder)},
+        "cluster": C.Cluster(kind="local"), "track": C.Track(kind="none"),
+    }  # fmt: skip
+
+
+def settings(root: str, **changes: Any) -> C.TrainDenoiser:
+    """Changes: kind, stage, precision, micro (engine); the rest are settings of `train`."""
+    engine = {"kind": "torch", "stage": 0, "precision": "fp32", "micro_batch": 0}
+    engine |= {key: changes.pop(key) for key in list(changes) if key in engine}
+    train = {"images": BATCH * STEPS, "batch": BATCH, "window": 8, "log_every": 1, "validate_every": 0,
+             "sample_every": 0, "checkpoint_every": 10**9, "keep": 100}  # fmt: skip
+    blocks = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+    model = {"_target_": "diffusers.UNet2DConditionModel", "block_out_channels": [8, 16], "layers_per_block": 1,
+             "down_block_types": blocks[0], "up_block_types": blocks[1], "attention_head_dim": 4,
+             "norm_num_groups": 4}  # fmt: skip
+    return cache_task.resolve(
+        C.TrainDenoiser(
+            **common(root),
+            denoiser=C.Denoiser(model=model),
+            diffusion=C.Diffusion(prediction="v_prediction"),
+            optim=C.Optim(lr=1e-3, warmup=20 * BATCH),
+            ema=C.EMA(halflife=400),
+            train=C.Train(**{**train, **changes}),
+            engine=C.Engine(**engine),
+            sampler=C.Sampler(steps=2, batch=4),
+            prompts=["a dot 0", "a dot 1", "a dot 2"],
+        )
+    )
+
+
+class Runs:
+    """Runs of several workers, in processes of their own."""
+
+    def __init__(self, folder: Path, root: str) -> None:
+        self.folder, self.root = folder, root
+
+    def artifacts(self, name: str) -> Path:
+        return self.folder / name
+
+    def spawn(self, world: int, jobs: list[dict[str, Any]]) -> None:
+        """Jobs: name, optional start (checkpoint folder) and kill_at, and the changes of `settings`."""
+        number = len(list(self.folder.glob("plan*")))
+        plan: dict[str, Any] = {"world": world, "store": str(self.folder / f"store{number}"), "jobs": []}
+        for job in jobs:
+            job = dict(job)
+            name, start, kill_at = job.pop("name"), job.pop("start", None), job.pop("kill_at", 0)
+            record = {"job": "train_denoiser", "identity": name, "name": name, "root": self.root,
+                      "artifact_root": str(self.artifacts(name))}  # fmt: skip
+            plan["jobs"].append(
+                {
+                    "config": as_data(settings(self.root, **job)),
+                    "record": record,
+                    "kill_at": kill_at,
+                    "out": str(self.folder / f"{name}.json"),
+                    "start": str(start) if start else None,
+                }
+            )
+        path = self.folder / f"plan{number}.json"
+        path.write_text(json.dumps(plan))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        command = [sys.executable, str(SPAWNED), str(path)]
+        workers = [
+            subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for rank in range(world)
+        ]
+        killing = any(job.get("kill_at") for job in jobs)
+        outs = []
+        for worker in workers:
+            if killing and worker is not workers[0]:
+                worker.kill()  # rank 0 is dead: a cluster would end the others
+            outs.append(worker.communicate(timeout=240)[0].decode())
+        codes = [worker.returncode for worker in workers]
+        if killing:
+            assert codes[0] == -signal.SIGKILL, outs[0]
+        else:
+            assert not any(codes), "\n".join(outs)
+
+    def figures(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / f"{name}.json").read_text())["figures"]
+
+    def losses(self, name: str, metric: str = "loss") -> dict[int, float]:
+        """Images seen -> loss."""
+        points = json.loads((self.folder / f"{name}.json").read_text())["points"]
+        return {images: figures[metric] for images, figures in points if metric in figures}
+
+
+@pytest.fixture(scope="module")
+def done(root: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs of this page; each world size is started once."""
+    found = Runs(tmp_path_factory.mktemp("runs"), root)
+    half = BATCH * STEPS // 2
+    deepspeed = [{"kind": "deepspeed", "stage": stage} for stage in range(4)]
+    short = {"images": half + 10 * BATCH}
+    start = found.artifacts("zero2") / f"checkpoints/{half:012d}"
+    more = {"validate_every": half, "sample_every": half}
+    found.spawn(1, [{"name": "torch", **more}])
+    found.spawn(
+        2,
+        [
+            *({"name": f"zero{job['stage']}", "checkpoint_every": half, **job, **more} for job in deepspeed),
+            {"name": "to3", "start": start, **short, **deepspeed[3]},
+            *({"name": f"bf16-{job['stage']}", "images": 20 * BATCH, "precision": "bf16", **job} for job in deepspeed),
+        ],
+    )
+    found.spawn(
+        3,
+        [
+            {"name": "three", "micro": 2, "images": 60 * BATCH, **deepspeed[3]},
+            {"name": "to0", "start": start, **short, **deepspeed[0]},
+        ],
+    )
+    found.spawn(
+        1, [{"name": "totorch", "start": start, **short}, {"name": "to1", "start": start, **short, **deepspeed[1]}]
+    )
+    return found
+
+
+def close(mine: dict[int, float], theirs: dict[int, float], steps: range) -> float:
+    """Largest relative difference; every one of the steps must be there."""
+    wanted = [step * BATCH for step in steps]
+    assert [images for images in mine if images in set(wanted)] == wanted
+    return max(abs(mine[images] - theirs[images]) / abs(theirs[images]) for images in wanted)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_losses_agree_over_200_steps(done: Runs, stage: int) -> None:
+    assert close(done.losses(f"zero{stage}"), done.losses("torch"), range(1, STEPS + 1)) < 1e-5
+
+
+def test_losses_agree_when_workers_do_not_divide_the_batch(done: Runs) -> None:
+    assert close(done.losses("three"), done.losses("torch"), range(1, 61)) < 1e-5
+
+
+def test_training_learns(done: Runs) -> None:
+    losses = list(done.losses("torch").values())
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+
+
+@pytest.mark.parametrize("name", ["to3", "to0", "to1", "totorch"])
+def test_resume_at_another_stage_and_world_leaves_no_scar(done: Runs, name: str) -> None:
+    """From (2 workers, ZeRO 2): the very next loss, and those after."""
+    half = STEPS // 2
+    assert min(done.losses(name)) == (half + 1) * BATCH
+    assert close(done.losses(name), done.losses("torch"), range(half + 1, half + 11)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
+    mine, theirs = (
+        checkpoint.weights(open_store(str(done.artifacts(name))), BATCH * STEPS, "denoiser")
+        for name in (f"zero{stage}", "torch")
+    )
+    assert mine.keys() == theirs.keys()
+    raw = checkpoint.weights(open_store(str(done.artifacts("torch"))), BATCH * STEPS, "denoiser", ema=False)
+    assert max(float((theirs[name] - raw[name]).abs().max()) for name in raw) > 1e-3  # it is an average
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_validation_and_pictures_agree(done: Runs, stage: int) -> None:
+    losses = done.losses(f"zero{stage}", "validation_loss")
+    assert losses == pytest.approx(done.losses("torch", "validation_loss"), rel=1e-5)
+    assert len(losses) == 2
+    assert len(list(done.artifacts(f"zero{stage}").rglob("*.png"))) >= 2
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_trains_on_fp32_weights(done: Runs, stage: int) -> None:
+    mine, exact = done.losses(f"bf16-{stage}"), done.losses("torch")
+    assert len(mine) == 20
+    assert 1e-5 < max(abs(mine[images] / exact[images] - 1) for images in mine) < 0.05
+    weights = checkpoint.weights(open_store(str(done.artifacts(f"bf16-{stage}"))), 20 * BATCH, "denoiser", ema=False)
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values())
+
+
+def test_kill_in_the_middle_then_another_world_and_stage(done: Runs) -> None:
+    at = {"checkpoint_every": 5 * BATCH, "images": 20 * BATCH}
+    done.spawn(2, [{"name": "killed", "kind": "deepspeed", "stage": 1, "kill_at": 13 * BATCH, **at}])
+    store = open_store(str(done.artifacts("killed")))
+    assert checkpoint.latest(store) == 10 * BATCH
+    done.spawn(1, [{"name": "killed", **at}])
+    assert min(done.losses("killed")) == 11 * BATCH
+    assert close(done.losses("killed"), done.losses("torch"), range(11, 21)) < 1e-5
+    assert done.figures("killed")["images"] == 20 * BATCH
+
+
+def test_a_finished_run_does_nothing(done: Runs, root: str) -> None:
+    at = {"images": 20 * BATCH, "checkpoint_every": 5 * BATCH}
+    from calotype.runs import Record
+
+    record = Record("train_denoiser", "killed", "killed", root, str(done.artifacts("killed")))
+    before = checkpoint.digest(record.artifacts, 20 * BATCH)
+    assert denoiser.train(settings(root, **at), Worker(), record)["images"] == 20 * BATCH
+    assert checkpoint.digest(record.artifacts, 20 * BATCH) == before
+
+
+# ------------------------------------------------------------------------------------------------ in this process
+
+
+def test_rows_depend_on_position_alone(root: str) -> None:
+    config = settings(root)
+    store = open_store(root)
+    manifest = cache.load_cache(store, config)
+    latents = store.at("latents", cache.encoding_id(manifest.meta["encoding"]))
+    samples = list(shards.iterate(latents, manifest.split("train")))[:6]
+    from calotype.model import conditioner
+
+    rows = denoiser.Rows(config, manifest, conditioner.empty(config.conditions))
+    together = rows.of(samples, [5, 6, 7, 8, 9, 10])
+    alone = rows.of(samples[2:3], [7])
+    assert all(torch.equal(together[name][2:3], alone[name]) for name in together)
+    other = rows.of(samples[2:3], [8])
+    assert not torch.equal(alone["noise"], other["noise"])
+    assert abs(float(together["noise"].std()) - 1) < 0.1
+
+
+def test_conditions_are_dropped_as_often_as_asked(root: str) -> None:
+    from calotype.model import conditioner
+
+    config = settings(root)
+    store = open_store(root)
+    manifest = cache.load_cache(store, config)
+    latents = store.at("latents", cache.encoding_id(manifest.meta["encoding"]))
+    sample = next(shards.iterate(latents, manifest.split("train")))
+    empty = conditioner.empty(config.conditions)
+    rows = denoiser.Rows(config, manifest, empty).of([sample] * 2000, list(range(2000)))
+    share = (rows["cond.text"] == empty["text"]).all(1).float().mean()
+    assert abs(float(share) - 0.2) < 0.03
+    kept = denoiser.Rows(config, manifest, empty).of([sample] * 50, list(range(50)), drop=False)
+    assert not (kept["cond.text"] == empty["text"]).all(1).any()
+
+
+def test_accumulation_does_not_change_losses(done: Runs, root: str) -> None:
+    done.spawn(1, [{"name": "micro", "micro": 3, "images": 10 * BATCH}])
+    assert close(done.losses("micro"), done.losses("torch"), range(1, 11)) < 1e-5
+
+
+def test_start_from_a_run_and_from_its_folder(root: str, tmp_path: Path) -> None:
+    config = settings(root, images=2 * BATCH)
+    from calotype import runs
+
+    record = runs.begin("train_denoiser", config, lambda _: ("", ""), lambda _: None)
+    denoiser.train(config, Worker(), record)
+    again = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, init_from="run:test"))
+    resolved = denoiser.resolve_start(again)
+    assert resolved.denoiser.init_digest == checkpoint.digest(record.artifacts, 2 * BATCH)
+    from calotype.model.denoiser import build_denoiser
+
+    model = build_denoiser(resolved, (3, EDGE, EDGE))
+    denoiser.start_from_run(resolved, model)
+    weights = checkpoint.weights(record.artifacts, 2 * BATCH, "denoiser")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    gone = dataclasses.replace(resolved, denoiser=dataclasses.replace(resolved.denoiser, init_digest="0" * 64))
+    with pytest.raises(CalotypeError, match="gone"):
+        denoiser.start_from_run(gone, model)
+
+
+def test_resolve_refuses_early(root: str) -> None:
+    config = settings(root)
+    missing = dataclasses.replace(config, encoding=dataclasses.replace(config.encoding, resolution=16))
+    with pytest.raises(CalotypeError, match=r"encoding\.resolution"):
+        denoiser.resolve(missing)
+    fp16 = dataclasses.replace(config, engine=C.Engine(precision="fp16"), cluster=C.Cluster(kind="ray", workers=2))
+    with pytest.raises(ConfigError, match="bf16"):
+        denoiser.resolve(fp16)
+    many = dataclasses.replace(config, cluster=C.Cluster(kind="ray", workers=9))
+    with pytest.raises(ConfigError, match=r"train\.batch"):
+        denoiser.resolve(many)
+    nothing = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, init_from="run:none"))
+    with pytest.raises(CalotypeError, match="none"):
+        denoiser.resolve(nothing)
