@@ -56,8 +56,8 @@ class Autoencoder(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            batch: images per call of the network, the last call padded: then a latent's bits depend neither on B nor on
-                the images beside it.  0 = one call of B.
+            batch: images per call of the network, the last call padded: then a latent's bits depend on its place in the
+                call, and neither on B nor on the images beside it.  0 = one call of B.
 
         Returns:
             mean and standard deviation of the posterior, both (B, C, H/f, W/f) float32; std is None in pixel space.
@@ -121,7 +121,9 @@ def load_autoencoder(autoencoder: config.Autoencoder) -> Autoencoder:
         weight_files(folder)  # refuses a folder that has only pickles, in our words
         from diffusers import AutoencoderKL
 
-        model = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+        model = AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+        )
         assert read_config(folder)["latent_channels"] == channels
     return Autoencoder(_kl(model, autoencoder).eval(), f, channels)
 

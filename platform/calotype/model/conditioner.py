@@ -7,6 +7,7 @@ frozen encoder, class indices); `Conditioner`, inside the denoiser, turns those 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from calotype.model.digests import SMALL, text_width
 from calotype.model.folders import opened, read_config, weight_files
 
 Cond = dict[str, Tensor]  # name of a condition -> its stored form, one row per sample
+_TOKENIZING = threading.Lock()  # a call sets the tokenizer's padding and truncation: threads would mix them up
 TEXTS = 16  # texts per call of a frozen encoder: fixed and padded, so that bits do not depend on neighbours
 
 
@@ -174,7 +176,8 @@ def tokenize(tokenizer: str, texts: Sequence[str], length: int) -> np.ndarray[An
 
 def cut(tokenizer: str, texts: Sequence[str], length: int) -> int:
     """How many of the texts do not fit into `length` tokens, so that whoever tokenizes can say so (P5)."""
-    return sum(len(ids) > length for ids in load_tokenizer(tokenizer)(list(texts))["input_ids"])
+    with _TOKENIZING:
+        return sum(len(ids) > length for ids in load_tokenizer(tokenizer)(list(texts))["input_ids"])
 
 
 @torch.no_grad()
@@ -220,7 +223,8 @@ def is_clip(model: Any) -> bool:
 def _encoded(tokenizer: str, texts: Sequence[str], length: int) -> Any:
     if not texts:
         return {"input_ids": [], "attention_mask": []}
-    return load_tokenizer(tokenizer)(list(texts), padding="max_length", truncation=True, max_length=length)
+    with _TOKENIZING:
+        return load_tokenizer(tokenizer)(list(texts), padding="max_length", truncation=True, max_length=length)
 
 
 def _hidden_size(model: Any) -> int:
