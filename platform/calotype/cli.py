@@ -313,7 +313,7 @@ def export(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     from calotype.demo import run_demo
 
-    return run_demo(args.root)
+    return run_demo(args.root, submit_config, headline)
 
 
 def parser() -> argparse.ArgumentParser:

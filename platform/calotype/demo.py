@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calotype import cli, compose, console, runs, track
+from calotype import compose, console, runs, track
 from calotype.cluster import jobs, local
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
@@ -15,11 +16,16 @@ from calotype.errors import CalotypeError
 STEPS = ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample", "evaluate")
 
 
-def run_demo(root: str) -> int:
+Submit = Callable[[str, Any], str | None]  # (job, checked config) -> submission, or None when it is finished already
+
+
+def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str]) -> int:
     """Up, prepare, train both models, sample, evaluate, export; what is finished is recognised.
 
     Args:
         root: where datasets and runs go, s3://BUCKET[/PREFIX].
+        submit: what `calotype submit` does with a config.
+        headline: a result's figures, in one line.
 
     Returns:
         The exit code, 0.
@@ -33,7 +39,7 @@ def run_demo(root: str) -> int:
     load_services()
     rows.append(["up", f"{home()}", _took(began), "S3, MLflow and Ray on this machine"])
     for step in STEPS:
-        rows.append(_step(step, root))
+        rows.append(_step(step, root, submit, headline))
     folder = home() / "demo"
     start = time.monotonic()
     rows.append(["export", str(folder / "export"), *_export(root, folder, start)])
@@ -48,16 +54,16 @@ def run_demo(root: str) -> int:
     return 0
 
 
-def _step(step: str, root: str) -> list[str]:
+def _step(step: str, root: str, submit: Submit, headline: Callable[[dict[str, Any]], str]) -> list[str]:
     start = time.monotonic()
     print(f"\n== {step}", flush=True)
     config = compose.compose(step, [f"experiment=demo/{step}", f"root={root}"])
-    if submitted := cli.submit_config(step, config):
+    if submitted := submit(step, config):
         jobs.follow(submitted)
         if message := jobs.wait(submitted):
             raise CalotypeError(message)
     record = runs.find(root, step, "run:demo")
-    return [step, record.artifact_root, _took(start), cli.headline(record.result())]
+    return [step, record.artifact_root, _took(start), headline(record.result())]
 
 
 def _export(root: str, folder: Path, start: float) -> tuple[str, str]:
