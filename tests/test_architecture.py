@@ -27,7 +27,7 @@ NEVER = {
     "track": ("model", "train"),
     "runs": ("model", "train"),
     "tasks": ("cluster", "cli", "demo"),  # L2: a body needs no Ray
-    "cluster": ("tasks", "cli", "demo", "data", "model", "train"),
+    "cluster": ("tasks", "cli", "demo", "model", "train"),
     "jobs": ("data", "model", "train"),
 }
 # Library -> the only modules (or packages of modules) that may import it.
