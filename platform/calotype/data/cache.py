@@ -7,8 +7,9 @@
     caches/<cache id>/manifest.json    E and one dataset version: its latent shards and channel statistics; written last
 
 Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
-encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original.  Latents
-are stored raw, as the autoencoder gives them: draws and scaling happen when they are read.
+encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original, and
+"cut": names of conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them:
+draws and scaling happen when they are read.
 """
 
 from __future__ import annotations
@@ -272,9 +273,9 @@ def statistics(samples: Iterable[Sample]) -> Statistics:
 
     Returns:
         `count` of positions per channel, `sum` and `squares` of the mean and `variance` of the posterior per channel,
-        `largest` absolute mean, and `labels`, the number of classes that the largest label needs.
+        `largest` absolute mean, `labels`, the number of classes that the largest label needs, and `cut` captions.
     """
-    count, largest, labels = 0, 0.0, 0
+    count, largest, labels, cut = 0, 0.0, 0, 0
     sums: np.ndarray[Any, Any] = np.zeros((3, 0))
     for sample in samples:
         latent = from_npy(sample.members[LATENT]).astype(np.float64)
@@ -284,7 +285,8 @@ def statistics(samples: Iterable[Sample]) -> Statistics:
         sums += np.stack([mean, mean**2, std**2]).sum(axis=(2, 3))
         count += mean[0].size
         largest = max(largest, float(np.abs(mean).max()))
-        labels = max(labels, json.loads(bytes(sample.members["json"])).get("label", -1) + 1)
+        about = json.loads(bytes(sample.members["json"]))
+        labels, cut = max(labels, about.get("label", -1) + 1), cut + ("cut" in about)
     total, squares, variance = sums.tolist()
     return {
         "count": count,
@@ -293,29 +295,37 @@ def statistics(samples: Iterable[Sample]) -> Statistics:
         "variance": variance,
         "largest": largest,
         "labels": labels,
+        "cut": cut,
     }
 
 
 def merge(parts: Iterable[Statistics]) -> dict[str, Any]:
-    """Statistics of shards, in the manifest's order -> `channel_mean`, `channel_std` of drawn latents, and `labels`.
+    """Statistics of shards, in the manifest's order -> `channel_mean`, `channel_std` of drawn latents; `largest`,
+    `labels`, `captions_cut`.
 
     Var z = E[mean^2 + std^2] - E[mean]^2 for z = mean + std * noise.
 
     Raises:
         DataError: a channel is constant, so that nothing could be scaled by it.
     """
-    count, sums, labels = 0, np.zeros((3, 1)), 0
+    parts = list(parts)
+    count, sums = 0, np.zeros((3, 1))
     for part in parts:
         count += part["count"]
         sums = sums + np.array([part["sum"], part["squares"], part["variance"]])
-        labels = max(labels, part["labels"])
     mean = sums[0] / count
     variance = (sums[1] + sums[2]) / count - mean**2
     constant = np.flatnonzero(variance <= 1e-12 * (1 + mean**2))
     if len(constant):
         raise DataError(f"latent channel {constant[0]} is the same everywhere: the autoencoder has collapsed, or all "
                         "images are alike")  # fmt: skip
-    return {"channel_mean": mean.tolist(), "channel_std": np.sqrt(variance).tolist(), "labels": labels}
+    return {
+        "channel_mean": mean.tolist(),
+        "channel_std": np.sqrt(variance).tolist(),
+        "largest": max(part["largest"] for part in parts),
+        "labels": max(part["labels"] for part in parts),
+        "captions_cut": sum(part["cut"] for part in parts),
+    }
 
 
 # ------------------------------------------------------------------------------ raw latents <-> model latents

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 Job = TypeVar("Job", CacheLatents, TrainDenoiser)
 T = TypeVar("T")
+R = TypeVar("R")
 
 MADE = "calotype.made/1"
 READERS = 16  # sidecars read at once when a cache is committed
@@ -39,14 +42,13 @@ READERS = 16  # sidecars read at once when a cache is committed
 
 @dataclass(frozen=True)
 class Made:
-    """One latent shard.  `images` is 0 where it was there already; `cut` counts captions longer than their tokens."""
+    """One latent shard.  `images` is 0 where it was there already."""
 
     shard: Shard
     statistics: cache.Statistics
     device: str
     images: int = 0
     seconds: float = 0.0
-    cut: int = 0
 
 
 # ------------------------------------------------------------------------------------------------ on submit
@@ -108,31 +110,31 @@ def plan(config: CacheLatents) -> list[Shard]:
 
 def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
     """A function that encodes one source shard and commits its latents, or recognises that they are there."""
+    from calotype.model import conditioner
     from calotype.model.autoencoder import load_autoencoder
 
     source = _dataset_store(config)
     latents = cache.latents_of(open_store(config.root), cache.encoding_of(config))
     model = load_autoencoder(config.autoencoder).to(worker.device).eval()
     _check_unchanged(config, model)
+    for condition in config.conditions.values():
+        if condition.source == "text":
+            conditioner.inputs(condition, [""], worker.device)  # loads it once, before threads ask for it
 
     def encode_shard(unit: Shard) -> Made:
         key = cache.latent_key(unit)
         if (there := shards.existing_shard(latents, key)) is not None:
             return recognised(latents, there)
         start = time.monotonic()
-        samples: list[Sample] = []
-        cut = 0
-        with ThreadPoolExecutor(1, "decode") as pool:
+        with encode.exactly(worker.threads) as pool:
             batches = _batches(shards.iterate(source, [unit]), config.encoding.batch)
-            for batch, pictures in _ahead(pool, ((b, encode.decoded(b, config)) for b in batches)):
-                raw = encode.encoded(model, pictures, config, worker.device)
-                made, longer = encode.stored(batch, pictures, raw, config, worker.device)
-                samples += made
-                cut += longer
+            work = partial(encode.batch, model, config=config, device=worker.device)
+            parts = _in_order(pool, work, batches, ahead=2 * worker.threads)
+            samples = [sample for part in parts for sample in part]
         shard, samples = _written(latents, key, samples, unit)
         figures = cache.statistics(samples)
         made_on = _remember(latents, shard, figures, worker.device)
-        return Made(shard, figures, made_on, len(samples), time.monotonic() - start, cut)
+        return Made(shard, figures, made_on, len(samples), time.monotonic() - start)
 
     return encode_shard
 
@@ -155,12 +157,15 @@ def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
         yield batch
 
 
-def _ahead(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next one made while this one is used."""
-    coming = pool.submit(next, items, None)
-    while (item := coming.result()) is not None:
-        coming = pool.submit(next, items, None)
-        yield item
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[T], ahead: int) -> Iterator[R]:
+    """What `work` makes of each item, in order; at most `ahead` of them before they are asked for."""
+    coming: deque[Future[R]] = deque()
+    for item in items:
+        coming.append(pool.submit(work, item))
+        if len(coming) > ahead:
+            yield coming.popleft().result()
+    while coming:
+        yield coming.popleft().result()
 
 
 def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tuple[Shard, list[Sample]]:
@@ -235,7 +240,7 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
         "samples": sum(total["samples"] for total in totals),
         "samples_encoded": encoded,
         "bytes": sum(total["bytes"] for total in totals),
-        "captions_cut": sum(made.cut for made in results),
+        "captions_cut": manifest.meta["captions_cut"],
     }
     if encoded:
         figures["images_per_second"] = round(encoded / busy * min(config.cluster.workers, len(results)), 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,42 +19,67 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def decoded(batch: Sequence[Sample], config: CacheLatents) -> list[images.Picture]:
+@contextmanager
+def exactly(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which a batch's bits depend on nothing but the batch.
+
+    Each computes alone: convolutions and matrix products on several threads add in another order.  So do autotuning and
+    TF32, which are off inside.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    matmul, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        with flags, ThreadPoolExecutor(threads, "encode", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.set_num_threads(before)
+
+
+def batch(model: Any, samples: Sequence[Sample], config: CacheLatents, device: str) -> list[Sample]:
+    """At most `encoding.batch` source samples -> their latent samples."""
+    pictures = decoded(samples, config)
+    return stored(samples, pictures, encoded(model, pictures, config, device), config, device)
+
+
+def decoded(samples: Sequence[Sample], config: CacheLatents) -> list[images.Picture]:
     size, limit = config.encoding.resolution, config.data.max_pixels
-    return [images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit) for sample in batch]
+    return [images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit) for sample in samples]
 
 
 def encoded(
     model: Any, pictures: Sequence[images.Picture], config: CacheLatents, device: str
 ) -> tuple[Tensor, Tensor | None]:
-    """One encoder call of exactly `encoding.batch` images: no autotuning, no TF32, no dependence on neighbours."""
+    """One encoder call of exactly `encoding.batch` images; raw mean and standard deviation, on the CPU."""
     import torch
 
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(device)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        mean, std = model.encode(images.signed(pixels), batch=config.encoding.batch)
+    mean, std = model.encode(images.signed(pixels), batch=config.encoding.batch)
     return mean.cpu(), None if std is None else std.cpu()
 
 
 def stored(
-    batch: Sequence[Sample],
+    samples: Sequence[Sample],
     pictures: Sequence[images.Picture],
     raw: tuple[Tensor, Tensor | None],
     config: CacheLatents,
     device: str,
-) -> tuple[list[Sample], int]:
-    """Source samples and their raw latents -> samples of the latent shard, and how many captions were cut."""
+) -> list[Sample]:
+    """Source samples and their raw latents -> samples of the latent shard."""
     mean, std = raw
     gaussian = std is not None and config.encoding.posterior == "gaussian"
     both = np.stack([mean.numpy(), std.numpy()] if gaussian and std is not None else [mean.numpy()], axis=1)
-    abouts = [_about(sample, picture) for sample, picture in zip(batch, pictures, strict=True)]
-    values, cut = _conditions(batch, abouts, config.conditions, device)
+    abouts = [_about(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
+    values = _conditions(samples, abouts, config.conditions, device)
     made = []
-    for index, (sample, about) in enumerate(zip(batch, abouts, strict=True)):
+    for index, (sample, about) in enumerate(zip(samples, abouts, strict=True)):
         latent = narrowed(both[index], config.encoding.dtype, sample.key)
         arrays = {name: array[index] for name, array in values.items()}
         made.append(cache.encode_sample(sample, latent, arrays, about))
-    return made, cut
+    return made
 
 
 def narrowed(latent: np.ndarray[Any, Any], dtype: str, key: str) -> np.ndarray[Any, Any]:
@@ -79,20 +106,25 @@ def _about(sample: Sample, picture: images.Picture) -> dict[str, Any]:
 
 
 def _conditions(
-    batch: Sequence[Sample], abouts: Sequence[Mapping[str, Any]], conditions: Mapping[str, Condition], device: str
-) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
+    samples: Sequence[Sample],
+    abouts: Sequence[MutableMapping[str, Any]],
+    conditions: Mapping[str, Condition],
+    device: str,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Name -> (B, ...) stored forms; captions with more tokens than that holds are noted in `abouts`."""
     from calotype.model import conditioner
 
-    made, cut = {}, 0
+    made = {}
     for name, condition in conditions.items():
-        for sample, about in zip(batch, abouts, strict=True):
+        for sample, about in zip(samples, abouts, strict=True):
             if condition.source not in about:
                 raise DataError(f"sample {sample.key} has no {condition.source}, which conditions.{name} is made from")
         values = [about[condition.source] for about in abouts]
         made[name] = conditioner.inputs(condition, values, device).cpu().numpy()
-        if condition.source == "text":
-            cut += conditioner.cut(condition.tokenizer, values, condition.length)
-    return made, cut
+        for about in abouts if condition.source == "text" else ():
+            if conditioner.cut(condition.tokenizer, [about["text"]], condition.length):
+                about.setdefault("cut", []).append(name)
+    return made
 
 
 def machine(device: str) -> str:

@@ -1,0 +1,425 @@
+"""Latents exactly once: same bytes for any workers, order, restart or race; every refusal by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding, TrainDenoiser
+from calotype.data import cache, shards
+from calotype.data.shards import Manifest, Sample, Shard
+from calotype.data.store import Store, open_store
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.model import digests
+from calotype.model.autoencoder import load_autoencoder
+from calotype.tasks import cache as task
+from calotype.tasks import encode
+from diffusers import AutoencoderKL
+from PIL import Image
+
+CONDITIONS = {
+    "text": Condition(encoder={"_target_": "transformers.CLIPTextModel"}, length=8),
+    "label": Condition(kind="class", source="label", classes=10),
+}
+SIZES = {"train": (9, 8), "held_out": (5,)}
+
+
+def autoencoder_folder(folder: Path, seed: int = 0, scale: float = 1.0) -> str:
+    torch.manual_seed(seed)
+    sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    model = AutoencoderKL(latent_channels=4, **sizes, **kinds)
+    with torch.no_grad():
+        model.quant_conv.weight.mul_(scale)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def dataset(root: Path, sizes: dict[str, Sequence[int]] = SIZES, caption: str = "a {}") -> Manifest:
+    store, rows, number = open_store(str(root)).at("datasets", "toy"), [], 0
+    for split, counts in sizes.items():
+        for index, count in enumerate(counts):
+            samples = []
+            for _ in range(count):
+                samples.append(sample(number, caption))
+                number += 1
+            rows.append(shards.write_shard(store, f"shards/{split}-{len(sizes)}-{index:05d}.tar", samples, 4, split))
+    manifest = Manifest(shards.DATASET, "toy", ("json", "png", "txt"), tuple(rows))
+    shards.publish_dataset(store, manifest)
+    return manifest
+
+
+def sample(number: int, caption: str) -> Sample:
+    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    about = json.dumps({"label": number % 10, "width": 24, "height": 20}).encode()
+    return Sample(f"s{number:03d}", {"png": file.getvalue(), "txt": caption.format(number).encode(), "json": about})
+
+
+def config_of(root: Path, weights: str, **changes: Any) -> CacheLatents:
+    encoding = Encoding(resolution=16, batch=4)
+    autoencoder = Autoencoder(kind="pretrained", path=weights)
+    config = CacheLatents(name="c", root=str(root), data=Data(name="toy"), autoencoder=autoencoder, encoding=encoding,
+                          conditions=CONDITIONS)  # fmt: skip
+    return task.resolve(replace(config, **changes))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return autoencoder_folder(tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, weights: str) -> CacheLatents:
+    dataset(tmp_path)
+    return config_of(tmp_path, weights)
+
+
+def run(config: CacheLatents, order: Callable[[list[Shard]], Sequence[Shard]] = list) -> dict[str, Any]:
+    encode_shard = task.make(config, Worker())
+    return task.commit(config, [encode_shard(unit) for unit in order(task.plan(config))])
+
+
+def latents_of(config: CacheLatents) -> Store:
+    return open_store(config.root).at("latents", cache.encoding_id(cache.encoding_of(config)))
+
+
+def made_bytes(config: CacheLatents) -> dict[str, bytes]:
+    """Everything that a cache is, by key."""
+    store, root = latents_of(config), open_store(config.root)
+    found = {entry.key: store.read(entry.key) for entry in store.list()}
+    return found | {entry.key: root.at("caches").read(entry.key) for entry in root.at("caches").list()}
+
+
+def test_a_cache_holds_what_the_autoencoder_says_of_every_sample(config: CacheLatents) -> None:
+    figures = run(config)
+    assert (figures["shards"], figures["samples"], figures["samples_encoded"]) == (3, 22, 22)
+    assert figures["captions_cut"] == 0
+    root = open_store(config.root)
+    manifest = cache.load_cache(root, config)
+    assert manifest.members == ("latent.npy", "label.npy", "text.npy", "json")
+    assert manifest.meta["shape"] == [4, 8, 8]
+    assert {row.split for row in manifest.shards} == {"train", "held_out"}
+    model = load_autoencoder(config.autoencoder).eval()
+    source = shards.load_dataset(root.at("datasets", "toy"))
+    stored = list(shards.iterate(latents_of(config), manifest.shards))
+    drawn = []
+    for made, original in zip(stored, shards.iterate(root.at("datasets", "toy"), source.shards), strict=True):
+        arrays = cache.decode_sample(made, CONDITIONS)
+        picture = encode.decoded([original], config)[0].pixels
+        mean, std = model.encode(torch.from_numpy(picture)[None].float() / 127.5 - 1)
+        assert std is not None
+        assert made.key == original.key
+        assert arrays["latent"].dtype == np.float16
+        assert np.allclose(arrays["latent"], torch.stack([mean[0], std[0]]), atol=2e-3)
+        about = json.loads(bytes(made.members["json"]))
+        assert about == {"text": f"a {int(made.key[1:])}", "label": int(made.key[1:]) % 10, "width": 24, "height": 20}
+        assert arrays["label"] == about["label"]
+        assert arrays["text"].shape == (8,)
+        drawn.append(arrays["latent"].astype(np.float64))
+    means, stds = np.stack(drawn).swapaxes(0, 1)
+    assert np.allclose(manifest.meta["channel_mean"], means.mean((0, 2, 3)))
+    expected = np.sqrt((means**2 + stds**2).mean((0, 2, 3)) - means.mean((0, 2, 3)) ** 2)
+    assert np.allclose(manifest.meta["channel_std"], expected)
+
+
+def test_webdataset_alone_reads_it(config: CacheLatents) -> None:
+    run(config)
+    tars = sorted(str(path) for path in Path(latents_of(config).uri.removeprefix("file://")).glob("*.tar"))
+    read = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+    assert len(read) == 22
+    assert read[0]["latent.npy"].shape == (2, 4, 8, 8)
+    assert set(read[0]) >= {"text.npy", "label.npy", "json"}
+
+
+def test_a_finished_cache_is_nothing_to_do(config: CacheLatents) -> None:
+    first = run(config)
+    assert task.plan(config) == []
+    again = task.commit(config, [])
+    assert again["cache"] == first["cache"]
+    assert again["samples"] == 22
+    assert again["samples_encoded"] == 0
+
+
+def encode_in_process(config: CacheLatents, units: list[Shard]) -> list[task.Made]:
+    torch.set_num_threads(1)
+    encode_shard = task.make(config, Worker(device="cpu"))
+    return [encode_shard(unit) for unit in units]
+
+
+def test_one_worker_or_three_and_any_order_make_the_same_bytes(tmp_path: Path, weights: str) -> None:
+    configs = []
+    for name in ("one", "three"):
+        dataset(tmp_path / name)
+        configs.append(config_of(tmp_path / name, weights))
+    run(configs[0], order=lambda units: units[::-1])
+    units = task.plan(configs[1])
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["calotype.model.autoencoder", "calotype.model.conditioner", "diffusers"])
+    with ProcessPoolExecutor(3, mp_context=context) as pool:
+        parts = pool.map(encode_in_process, [configs[1]] * 3, [units[index::3] for index in range(3)])
+        task.commit(configs[1], [made for part in parts for made in part])
+    assert made_bytes(configs[0]) == made_bytes(configs[1])
+
+
+def test_threads_do_not_change_a_bit(tmp_path: Path, weights: str) -> None:
+    made, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        dataset(tmp_path / str(threads), {"train": (30,)})
+        config = config_of(tmp_path / str(threads), weights, encoding=Encoding(resolution=16, batch=16))
+        torch.set_num_threads(threads)
+        task.commit(config, map(task.make(config, Worker(threads=threads)), task.plan(config)))
+        assert torch.get_num_threads() == threads
+        made.append(made_bytes(config))
+    torch.set_num_threads(before)
+    assert made[0] == made[1]
+
+
+def test_a_restart_encodes_only_what_is_missing(config: CacheLatents, tmp_path: Path, weights: str) -> None:
+    calm = tmp_path / "calm"
+    dataset(calm)
+    run(config_of(calm, weights))
+    first, second, third = task.plan(config)
+    encode_shard = task.make(config, Worker())
+    encode_shard(first)
+    encode_shard(second)
+    latents_of(config).delete(cache.latent_key(second).replace(".tar", ".made.json"))  # killed before it was written
+    assert task.plan(config) == [third]
+    assert encode_shard(first).images == 0
+    figures = task.commit(config, [encode_shard(third)])
+    assert figures["shards_encoded"] == 1
+    manifest, expected = (cache.load_cache(open_store(c.root), c) for c in (config, config_of(calm, weights)))
+    assert manifest.shards == expected.shards
+    assert manifest.meta["channel_std"] == expected.meta["channel_std"]
+    assert "not recorded" in manifest.meta["devices"]
+
+
+def test_two_racing_writers_leave_one_shard(config: CacheLatents) -> None:
+    unit = task.plan(config)[0]
+    both = threading.Barrier(2)
+    made: list[task.Made] = []
+
+    def write() -> None:
+        encode_shard = task.make(config, Worker())
+        both.wait()
+        made.append(encode_shard(unit))
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made[0].shard == made[1].shard
+    assert made[0].statistics == made[1].statistics
+    assert [entry.key for entry in latents_of(config).list() if entry.key.endswith(".tar")] == [made[0].shard.key]
+
+
+def test_a_writer_whose_machine_differs_in_a_bit_takes_over_the_first_tar(config: CacheLatents) -> None:
+    unit = task.plan(config)[0]
+    store, key = latents_of(config), cache.latent_key(unit)
+    mine = task.make(config, Worker())(unit)
+    theirs = [
+        Sample(
+            s.key, {**s.members, cache.LATENT: cache.to_npy(cache.decode_sample(s, ())["latent"] + np.float16(0.25))}
+        )
+        for s in shards.iterate(store, [mine.shard])
+    ]
+    for entry in list(store.list()):
+        store.delete(entry.key)
+    shards.write_shard(store, key, theirs, unit.chunk_samples, unit.split, source_sha256=unit.sha256)
+    store.delete(shards.sidecar_key(key))  # the other machine died between tar and sidecar
+    assert shards.existing_shard(store, key) is None
+    made = task.make(config, Worker())(unit)
+    assert made.shard.sha256 != mine.shard.sha256
+    assert made.statistics == cache.statistics(theirs)
+    assert next(shards.iterate(store, [made.shard])).key == theirs[0].key
+
+
+def test_a_new_dataset_version_costs_only_its_new_shards(config: CacheLatents) -> None:
+    run(config)
+    store = open_store(config.root).at("datasets", "toy")
+    old = shards.load_dataset(store)
+    extra = shards.write_shard(store, "shards/train-new-00000.tar", [sample(n, "a {}") for n in range(90, 93)], 4)
+    moved = replace(old.shards[2], split="train")
+    shards.publish_dataset(store, replace(old, shards=(*old.shards[:2], moved, extra)))
+    newer = task.resolve(replace(config, data=Data(name="toy")))
+    assert newer.data.digest != config.data.digest
+    assert task.plan(newer) == [extra]
+    figures = run(newer)
+    assert (figures["samples"], figures["samples_encoded"]) == (25, 3)
+    assert cache.load_cache(open_store(config.root), newer).shards[2].split == "train"
+    assert cache.load_cache(open_store(config.root), config).totals()["held_out"]["samples"] == 5  # the old one stays
+
+
+def test_pixel_space_stores_the_pixels(tmp_path: Path, weights: str) -> None:
+    dataset(tmp_path)
+    config = config_of(tmp_path, weights, autoencoder=Autoencoder(kind="identity", f=1, channels=3))
+    run(config)
+    made = next(shards.iterate(latents_of(config), cache.load_cache(open_store(config.root), config).shards))
+    latent = cache.decode_sample(made, ())["latent"]
+    original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), task_shards(config)))
+    assert latent.shape == (1, 3, 16, 16)
+    assert np.array_equal(
+        np.round((latent[0].astype(np.float32) + 1) * 127.5), encode.decoded([original], config)[0].pixels
+    )
+    assert task.picture(config)[1]["psnr_sample"] > 60
+
+
+def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
+    return shards.load_dataset(open_store(config.root).at("datasets", "toy")).shards
+
+
+def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents) -> None:
+    run(config)
+    grid, figures = task.picture(config)
+    assert grid.size == (8 * 16, 2 * 16)  # five held-out images and their reconstructions
+    held_out = [s for s in task_shards(config) if s.split == "held_out"]
+    original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), held_out))
+    assert np.array_equal(np.asarray(grid)[:16, :16], encode.decoded([original], config)[0].pixels.transpose(1, 2, 0))
+    assert 0 < figures["psnr_sample"] < 60
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_overflow_is_refused_not_clipped(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    config = config_of(tmp_path, autoencoder_folder(tmp_path / "hot", scale=1e7))
+    with pytest.raises(
+        DataError, match=r"sample s0\d\d reaches .* more than float16 holds: set encoding\.dtype=float32"
+    ):
+        run(config)
+    assert latents_of(config).folders() == []
+    assert [e.key for e in latents_of(config).list()] == ["encoding.json"]
+    wide = replace(config, encoding=replace(config.encoding, dtype="float32"))
+    assert run(wide)["samples"] == 22
+
+
+def test_latents_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    config = config_of(tmp_path, autoencoder_folder(tmp_path / "broken", scale=float("nan")))
+    with pytest.raises(DataError, match=r"sample s0\d\d is not finite"):
+        run(config)
+
+
+def test_weights_replaced_after_submission_are_refused(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    config = config_of(tmp_path, autoencoder_folder(tmp_path / "weights"))
+    autoencoder_folder(tmp_path / "weights", seed=1)
+    with pytest.raises(DataError, match="changed after this job was submitted"):
+        task.make(config, Worker())
+
+
+def test_a_sample_without_its_condition_is_named(config: CacheLatents) -> None:
+    source = open_store(config.root).at("datasets", "toy")
+    bare = Sample("bare", {name: data for name, data in sample(1, "x").members.items() if name != "txt"})
+    row = shards.write_shard(source, "shards/bare-00000.tar", [bare], 4)
+    with pytest.raises(DataError, match=r"sample bare has no text, which conditions\.text is made from"):
+        task.make(config, Worker())(row)
+
+
+def test_a_long_caption_is_cut_and_counted(tmp_path: Path, weights: str) -> None:
+    dataset(tmp_path, {"train": (3,)}, caption="one two three four five six seven eight nine {}")
+    config = config_of(tmp_path, weights)
+    assert run(config)["captions_cut"] == 3
+    made = next(shards.iterate(latents_of(config), cache.load_cache(open_store(config.root), config).shards))
+    assert json.loads(bytes(made.members["json"]))["cut"] == ["text"]
+
+
+def test_resolve_refuses_what_is_not_there(tmp_path: Path, weights: str, config: CacheLatents) -> None:
+    with pytest.raises(CalotypeError, match="no train_autoencoder run named 'nobody'"):
+        config_of(tmp_path, "run:nobody")
+    with pytest.raises(DataError, match="no dataset at"):
+        config_of(tmp_path, weights, data=Data(name="unknown"))
+    with pytest.raises(ConfigError, match=r"encoding\.resolution=17 is not a multiple of 2"):
+        config_of(tmp_path, weights, encoding=Encoding(resolution=17))
+    store = open_store(config.root).at("datasets", "mute")
+    shards.publish_dataset(store, Manifest(shards.DATASET, "mute", ("png",), task_shards(config)))
+    with pytest.raises(
+        ConfigError, match=r"conditions\.text\.source=text but the samples of dataset mute have no \.txt"
+    ):
+        config_of(tmp_path, weights, data=Data(name="mute"))
+
+
+@pytest.fixture
+def trainer(config: CacheLatents) -> Iterator[TrainDenoiser]:
+    """A denoiser's config that fits the finished cache."""
+    run(config)
+    shared = {name: getattr(config, name) for name in ("root", "data", "autoencoder", "encoding", "conditions")}
+    return TrainDenoiser(name="d", **shared)  # type: ignore[return-value]
+
+
+def test_the_trainer_finds_the_cache(trainer: TrainDenoiser) -> None:
+    assert cache.load_cache(open_store(trainer.root), trainer).totals()["train"]["samples"] == 17
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda c: replace(c, encoding=replace(c.encoding, dtype="float32")), r"encoding\.dtype"),
+        (lambda c: replace(c, encoding=replace(c.encoding, resolution=32)), r"encoding\.resolution"),
+        (lambda c: replace(c, conditions={}), r"conditions\.label\.source"),
+        (lambda c: replace(c, autoencoder=replace(c.autoencoder, digest="0" * 64)), r"autoencoder\.encoder"),
+    ],
+)
+def test_the_trainer_is_told_the_field_that_differs(trainer: TrainDenoiser, change: Any, field: str) -> None:
+    with pytest.raises(DataError, match=f"the nearest one differs in .*{field} .*in the cache, .* here"):
+        cache.load_cache(open_store(trainer.root), change(trainer))
+
+
+def test_one_changed_weight_makes_another_cache(trainer: TrainDenoiser, tmp_path: Path, weights: str) -> None:
+    model = AutoencoderKL.from_pretrained(weights, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        model.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
+    model.save_pretrained(tmp_path / "nudged")
+    assert digests.encoder_digest(tmp_path / "nudged") != digests.encoder_digest(weights)
+    nudged = task.resolve(replace(trainer, autoencoder=Autoencoder(kind="pretrained", path=str(tmp_path / "nudged"))))
+    with pytest.raises(DataError, match=r"nearest one differs in autoencoder\.encoder"):
+        cache.load_cache(open_store(trainer.root), nudged)
+    with torch.no_grad():
+        model.load_state_dict(AutoencoderKL.from_pretrained(weights, low_cpu_mem_usage=False).state_dict())
+        model.decoder.conv_out.weight.mul_(2)
+    model.save_pretrained(tmp_path / "decoder")
+    tuned = task.resolve(replace(trainer, autoencoder=Autoencoder(kind="pretrained", path=str(tmp_path / "decoder"))))
+    assert cache.load_cache(open_store(trainer.root), tuned)  # a fine-tuned decoder keeps its caches
+
+
+def test_an_unfinished_cache_is_not_found(config: CacheLatents) -> None:
+    with pytest.raises(DataError, match=r"has no latent cache under .*run the job `cache_latents`"):
+        cache.load_cache(open_store(config.root), config)
+    task.make(config, Worker())(task.plan(config)[0])
+    with pytest.raises(DataError, match=r"is not finished \(1 of 3 shards encoded\)"):
+        cache.load_cache(open_store(config.root), config)
+    with pytest.raises(DataError, match="are missing under"):
+        task.commit(config, [])
+
+
+def test_labels_that_do_not_fit_are_refused(trainer: TrainDenoiser) -> None:
+    label = replace(trainer.conditions["label"], classes=5)
+    with pytest.raises(DataError, match=r"classes=5 but the cache has labels up to 9: set .*classes=10"):
+        cache.load_cache(open_store(trainer.root), replace(trainer, conditions={**trainer.conditions, "label": label}))
+
+
+def test_a_tampered_manifest_or_encoding_is_refused(trainer: TrainDenoiser, config: CacheLatents) -> None:
+    root = open_store(config.root)
+    store = root.at("caches", root.folders("caches")[0])
+    data = store.read("manifest.json")
+    store.write("manifest.json", data.replace(b'"float16"', b'"float32"'))
+    with pytest.raises(DataError, match="it was changed"):
+        cache.load_cache(root, trainer)
+    latents_of(config).write("encoding.json", b"{}")
+    with pytest.raises(DataError, match="it was changed"):
+        cache.latents_of(root, cache.encoding_of(config))
