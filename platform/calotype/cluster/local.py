@@ -6,8 +6,8 @@
 
 A service that the environment already names (`AWS_ENDPOINT_URL_S3`, `MLFLOW_TRACKING_URI`, `RAY_ADDRESS`) is outside:
 it is used and shown, never started.  Everything listens on 127.0.0.1.  S3 wants the generated keys, Ray the generated
-token; SeaweedFS's own HTTP ports want a generated JWT.  MLflow's server has no login: other users of
-the same machine can reach it.
+token, and SeaweedFS's inner ports are closed to others too (`services.py`).  MLflow's server has no login: other users
+of this machine can read and change its figures, not the artifacts in S3.
 
 Every process we start carries `CALOTYPE_STACK=HOME:SERVICE` in its environment and hands it to its children: that mark,
 not a process number that may have been reused, says what is ours to stop.
@@ -59,8 +59,8 @@ class Row(NamedTuple):
     detail: str
 
 
-class PortTaken(Exception):
-    """A service died because another program took its port between our look and its bind."""
+class Again(Exception):
+    """A service died of what may be gone at the next try: another program was faster to its port, the machine slow."""
 
 
 # --------------------------------------------------------------------------------------------------- the three verbs
@@ -78,9 +78,9 @@ def up(home: Path | None = None) -> list[Row]:
             try:
                 _start(home)
                 break
-            except PortTaken as taken:
+            except Again as failure:
                 if attempt == 2:
-                    raise CalotypeError(str(taken)) from None
+                    raise CalotypeError(str(failure)) from None
         known = read_credentials(home / "credentials")
         if not (outside("s3", known) and outside("mlflow", known)):
             ensure_bucket()  # MLflow's artifacts go there
@@ -198,8 +198,8 @@ def _wait(home: Path, service: str, state: dict[str, Any]) -> None:
             if taken:
                 entry["ports"] = {}
                 _save(home, state)
-                raise PortTaken(f"port {taken[0]} is taken by another program; {what}")
-            raise CalotypeError(what)
+                raise Again(f"port {taken[0]} is taken by another program; {what}")
+            raise Again(what) if "timed out during startup" in tail else CalotypeError(what)
         health, why = probe(service, os.environ[SERVICES[service][0]], os.environ, starting=True)
         if health == "ok" and not any(map(_free, entry["ports"].values())):
             return

