@@ -1,0 +1,169 @@
+"""The engine in one process: precision, average, accumulation, states.  Several: tests/tasks/test_denoiser.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from calotype import config
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError
+from calotype.train.ema import decay
+from calotype.train.engine import Engine
+from torch import nn
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
+
+
+def made(
+    kind: str = "torch", stage: int = 0, accumulation: int = 1, precision: str = "fp32", halflife: int = 100
+) -> Engine:
+    settings = config.Engine(kind=kind, stage=stage, precision=precision)
+    optim = config.Optim(clip=0.5, weight_decay=0.01)
+    return Engine(net(), optim, settings, Worker(), accumulation, config.EMA(halflife=halflife))
+
+
+def steps(engine: Engine, first: int, count: int) -> list[float]:
+    losses = []
+    for number in range(first, first + count):
+        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
+        size = 12 // engine.accumulation
+        total = 0.0
+        for part in x.split(size):
+            loss = (engine(part).float() - part[:, :5].cumsum(1)).square().mean(1).sum() / 12
+            engine.backward(loss)
+            total += loss.item()
+        engine.step(1e-2, 12 * (number + 1), 12)
+        losses.append(total)
+    return losses
+
+
+def bare(count: int) -> tuple[list[float], nn.Module, list[torch.Tensor]]:
+    """The same in a few lines of PyTorch."""
+    module = net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
+    mean = [p.detach().clone() for p in module.parameters()]
+    losses = []
+    for number in range(count):
+        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
+        loss = (module(x) - x[:, :5].cumsum(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        images = 12 * (number + 1)
+        beta = 0.5 ** (12 / min(100, 0.05 * images))
+        mean = [beta * m + (1 - beta) * p.detach() for m, p in zip(mean, module.parameters(), strict=True)]
+        losses.append(loss.item())
+    return losses, module, mean
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_it_does_what_a_bare_loop_does(accumulation: int) -> None:
+    engine = made(accumulation=accumulation)
+    losses, module, mean = bare(20)
+    assert steps(engine, 0, 20) == pytest.approx(losses, rel=1e-5)
+    states, scalars = engine.states()
+    for index, (name, parameter) in enumerate(module.named_parameters()):
+        torch.testing.assert_close(states["weights"][name], parameter.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states["ema"][name], mean[index], rtol=1e-4, atol=1e-5)
+    assert scalars["adam_step"] == 20
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_states_go_into_any_other(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    source = made()
+    steps(source, 0, 5)
+    states, scalars = source.states()
+    states = {key: {name: tensor.clone() for name, tensor in named.items()} for key, named in states.items()}
+    target = made(kind, stage)
+    steps(target, 90, 2)  # it was somewhere else
+    target.load(states, scalars)
+    assert steps(target, 5, 3) == pytest.approx(steps(source, 5, 3), rel=1e-6)  # the very next loss
+    mine, theirs = target.states(), source.states()
+    assert mine[1] == theirs[1]
+    for key, named in theirs[0].items():
+        for name, tensor in named.items():
+            torch.testing.assert_close(mine[0][key][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_averaged_weights_inside_and_the_same_ones_after(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    engine = made(kind, stage)
+    steps(engine, 0, 8)
+    x = torch.linspace(-1, 1, 21).view(3, 7)
+    states, _ = engine.states()
+    averaged = net()
+    averaged.load_state_dict(states["ema"])
+    with torch.no_grad():
+        before = engine(x).clone()
+        with engine.averaged():
+            torch.testing.assert_close(engine(x), averaged(x))
+        assert torch.equal(engine(x), before)
+    assert not torch.allclose(before, averaged(x), rtol=1e-3)
+
+
+def test_without_an_average_states_have_none() -> None:
+    engine = made(halflife=0)
+    steps(engine, 0, 2)
+    assert "ema" not in engine.states()[0]
+    with engine.averaged():
+        assert not torch.is_grad_enabled()
+
+
+def test_buffers_travel_with_the_weights() -> None:
+    module = net()
+    module.register_buffer("scale", torch.tensor([2.0]))
+    module.register_buffer("scratch", torch.tensor([1.0]), persistent=False)
+    engine = Engine(module, config.Optim(), config.Engine(kind="torch"), Worker())
+    states, scalars = engine.states()
+    assert set(states["weights"]) == set(module.state_dict())
+    states = {key: {name: tensor + 1 for name, tensor in named.items()} for key, named in states.items()}
+    engine.load(states, scalars)
+    assert module.scale.item() == 3.0
+
+
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="bf16"):
+        made(precision="fp16")
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
+    engine = made(precision="bf16")
+    seen = []
+    engine.module[0].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    losses = steps(engine, 0, 10)
+    assert seen[0] == torch.bfloat16
+    assert losses == pytest.approx(bare(10)[0], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in engine.module.parameters())
+
+
+def test_loss_scale_finds_its_place_and_gives_up_at_one() -> None:
+    engine = made()
+    engine.dynamic, engine.loss_scale = True, 4.0  # what fp16 on a GPU sets
+
+    def overflow() -> float:
+        engine.backward(engine(torch.full((1, 7), math.inf)).sum())
+        return float(engine.step(1e-2, 12, 12))
+
+    before = engine.states()[0]["weights"]["0.weight"].clone()
+    assert overflow() == 0.0
+    assert engine.loss_scale == 2.0
+    assert torch.equal(engine.states()[0]["weights"]["0.weight"], before)
+    assert steps(engine, 0, 1) == pytest.approx(bare(1)[0], rel=1e-5)  # the scale is not seen in the loss
+    overflow()
+    with pytest.raises(CalotypeError, match="bf16"):
+        overflow()
+
+
+def test_decay_ramps_up() -> None:
+    ema = config.EMA(halflife=1000, rampup=0.05)
+    assert decay(ema, 2000, 100) == pytest.approx(0.5 ** (100 / 100))
+    assert decay(ema, 10**6, 100) == pytest.approx(0.5 ** (100 / 1000))
+    assert decay(config.EMA(halflife=1000, rampup=0.0), 100, 100) == pytest.approx(0.5**0.1)

@@ -1,0 +1,249 @@
+"""The loop on a task of ten lines: cadence, resume, stop, evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calotype import config
+from calotype.data.stream import philox
+from calotype.environment import Worker
+from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.runs import Record
+from calotype.track import Tracker
+from calotype.train import checkpoint, loop
+from calotype.train.engine import Engine
+from torch import nn
+
+BATCH = 8
+
+
+class Notes(Tracker):
+    def __init__(self, record: Record) -> None:
+        super().__init__(record)
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.saved: list[int] = []
+        self.finished = 0
+
+    def log(self, metrics: Any, images: int) -> None:
+        self.points.append((images, dict(metrics)))
+
+    def model(self, name: str, uri: str, kind: str, images: int) -> None:
+        self.saved.append(images)
+
+    def pending(self) -> list[Any]:
+        return [("loss", 1.0, 8, 0)]
+
+    def finish(self, status: str = "", wait: float = 60.0) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record("train_denoiser", "f" * 32, "toy", str(tmp_path), str(tmp_path / "artifacts"))
+
+
+@pytest.fixture
+def notes(record: Record, monkeypatch: pytest.MonkeyPatch) -> Notes:
+    made = Notes(record)
+    made.unsent = None
+    monkeypatch.setattr(loop.track, "attach", lambda *args: setattr(made, "unsent", args[2]) or made)
+    return made
+
+
+def settings(images: int = 10 * BATCH, lr: float = 1e-2, micro: int = 0, **train: Any) -> config.TrainDenoiser:
+    every = {"log_every": 1, "validate_every": 0, "sample_every": 0, "checkpoint_every": 10**9, "keep": 9} | train
+    return config.TrainDenoiser(
+        name="toy",
+        data=config.Data(name="toy"),
+        train=config.Train(images=images, batch=BATCH, **every),
+        optim=config.Optim(lr=lr, clip=0.0),
+        engine=config.Engine(kind="torch", micro_batch=micro),
+        track=config.Track(kind="none"),
+        seed=1,
+    )
+
+
+def task(made: Any, poison: int = -1, seen: list[int] | None = None, **more: Any) -> loop.Task:
+    """y = 3 x, with dropout; `poison`: the position whose input is not a number."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 4))
+    micro = loop.micro_batch(made, 1)
+    engine = Engine(
+        module, made.optim, made.engine, Worker(), loop.accumulation(micro, BATCH, 1), config.EMA(halflife=50)
+    )
+
+    def batches(position: int) -> Iterator[Any]:
+        while True:
+            yield SimpleNamespace(positions=np.arange(position, position + BATCH))
+            position += BATCH
+
+    def prepare(batch: Any) -> dict[str, torch.Tensor]:
+        if seen is not None:
+            seen.extend(batch.positions.tolist())
+        x = np.stack([philox(1, p, 1).standard_normal(4, np.float32) for p in batch.positions.tolist()])
+        x[batch.positions == poison] = math.nan
+        return {"x": torch.from_numpy(x)}
+
+    def step(rows: Any) -> dict[str, torch.Tensor]:
+        error = (engine(rows["x"]) - 3 * rows["x"]).square().mean(1)
+        return {"net": error, "size": rows["x"].abs().mean(1)}
+
+    return loop.Task({"net": engine}, batches, prepare, step, **more)
+
+
+def losses(notes: Notes) -> dict[int, float]:
+    return {images: figures["loss"] for images, figures in notes.points if "loss" in figures}
+
+
+def test_it_learns_and_reports(record: Record, notes: Notes) -> None:
+    made = settings(images=100 * BATCH, log_every=10 * BATCH)
+    figures = loop.run(task(made), made, Worker(), record)
+    assert list(losses(notes)) == [10 * BATCH * n for n in range(1, 11)]
+    assert figures["loss"] < 0.5 * next(iter(losses(notes).values()))
+    assert figures["images"] == 100 * BATCH
+    assert not figures["stopped"]
+    assert {"gradient_norm", "lr", "images_per_second", "data_wait_percent", "goodput", "size"} <= set(figures)
+    assert 0 < figures["goodput"] <= 1
+    assert 0 <= figures["data_wait_percent"] <= 100
+    assert notes.finished == 1
+
+
+def test_logged_losses_are_means_over_the_interval(record: Record, notes: Notes) -> None:
+    made = settings()
+    loop.run(task(made), made, Worker(), record)
+    every = losses(notes)
+    notes.points.clear()
+    coarse = settings(log_every=5 * BATCH)
+    other = Record(record.job, record.identity, "x", record.root, record.artifact_root + "2")
+    loop.run(task(coarse), coarse, Worker(), other)
+    assert losses(notes)[5 * BATCH] == pytest.approx(np.mean([every[n * BATCH] for n in range(1, 6)]), rel=1e-6)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_micro_batches_do_not_change_anything(record: Record, notes: Notes, micro: int) -> None:
+    made = settings()
+    first = task(made)
+    first.engines["net"].module[1].p = 0.0
+    loop.run(first, made, Worker(), record)
+    whole = losses(notes)
+    notes.points.clear()
+    made = settings(micro=micro)
+    again = task(made)
+    again.engines["net"].module[1].p = 0.0
+    loop.run(again, made, Worker(), Record(record.job, record.identity, "x", record.root, record.artifact_root + "2"))
+    assert losses(notes) == pytest.approx(whole, rel=1e-5)
+
+
+def test_resume_goes_on_exactly(record: Record, notes: Notes) -> None:
+    made = settings(images=20 * BATCH)
+    loop.run(task(made), made, Worker(), Record(record.job, "0" * 32, "x", record.root, record.artifact_root + "2"))
+    whole = losses(notes)
+    notes.points.clear()
+    half = settings(images=10 * BATCH)
+    loop.run(task(half), half, Worker(), record)
+    seen: list[int] = []
+    loop.run(task(made, seen=seen), made, Worker(), record)
+    assert losses(notes) == whole  # bit by bit, dropout included
+    assert seen[0] == 10 * BATCH  # the next batch, exactly
+    assert [tuple(point) for point in notes.unsent] == [("loss", 1.0, 8, 0)]
+
+
+def test_cadence_is_counted_in_images(record: Record, notes: Notes) -> None:
+    seen: dict[str, list[int]] = {"validate": [], "draw": []}
+    made = settings(images=50, log_every=20, validate_every=24, sample_every=1000, checkpoint_every=16)
+    counted = task(
+        made,
+        validate=lambda: seen["validate"].append(0) or {"validation_loss": 1.0},
+        draw=lambda: seen["draw"].append(0),
+        saved=lambda tracker, images: tracker.model("net", "", "", images),
+    )
+    figures = loop.run(counted, made, Worker(), record)
+    assert figures["images"] == 56  # the first multiple of the batch
+    assert checkpoint.committed(record.artifacts) == [16, 32, 48, 56] == notes.saved
+    assert [images for images, at in notes.points if "validation_loss" in at] == [24, 48, 56]
+    assert len(seen["draw"]) == 1
+
+
+def test_stop_saves_and_returns(record: Record, notes: Notes) -> None:
+    made = settings(images=10**6)
+    calls = iter(range(10**6))
+    figures = loop.run(task(made), made, Worker(stop=lambda: next(calls) > 5), record)
+    assert figures["stopped"]
+    assert checkpoint.latest(record.artifacts) == figures["images"] < 20 * BATCH
+
+
+@pytest.mark.parametrize("log_every", [1, 10**9])
+def test_nan_stops_with_evidence_and_saves_nothing(record: Record, notes: Notes, log_every: int) -> None:
+    made = settings(images=20 * BATCH, checkpoint_every=5 * BATCH, log_every=log_every)
+    with pytest.raises(CalotypeError, match=r"loss.*not finite.*nothing was saved since 40 images.*optim\.lr"):
+        loop.run(task(made, poison=6 * BATCH + 3), made, Worker(), record)
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH]
+    assert notes.finished == 1
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval(
+    record: Record, notes: Notes, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = settings(checkpoint_every=5 * BATCH)
+    loop.run(task(made), made, Worker(), record)
+    key = next(e.key for e in record.artifacts.list("checkpoints/000000000080/") if "exp_avg_sq" in e.key)
+    record.artifacts.write(key, b"no")
+    seen: list[int] = []
+    loop.run(task(made, seen=seen), made, Worker(), record)
+    assert seen[0] == 5 * BATCH
+    assert key.rsplit("/", 1)[1] in caplog.text
+    for entry in list(record.artifacts.list("checkpoints/")):
+        record.artifacts.write(entry.key, b"no")
+    with pytest.raises(DataError):
+        loop.run(task(made), made, Worker(), record)
+
+
+def test_errors_of_the_thread_that_prepares_are_raised(record: Record, notes: Notes) -> None:
+    made = settings()
+    broken = task(made)
+    broken = loop.Task(broken.engines, broken.batches, lambda _: 1 / 0, broken.step)
+    with pytest.raises(ZeroDivisionError):
+        loop.run(broken, made, Worker(), record)
+
+
+def test_nothing_is_kept_without_a_record() -> None:
+    made = settings(images=4 * BATCH)
+    assert loop.run(task(made), made, Worker())["images"] == 4 * BATCH
+
+
+def test_learning_rate_is_a_function_of_images() -> None:
+    assert loop.lr(config.Optim(lr=1.0), 5, 100) == 1.0
+    assert loop.lr(config.Optim(lr=1.0, warmup=10), 5, 100) == 0.5
+    assert loop.lr(config.Optim(lr=1.0, schedule="linear"), 25, 100) == 0.75
+    assert loop.lr(config.Optim(lr=1.0, schedule="cosine"), 50, 100) == pytest.approx(0.5)
+    assert loop.lr(config.Optim(lr=1.0, schedule="cosine"), 200, 100) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(("batch", "world", "asked"), [(8, 3, 0), (8, 3, 2), (7, 2, 3), (5, 5, 4), (64, 7, 4)])
+def test_every_rank_takes_the_same_micro_batches(batch: int, world: int, asked: int) -> None:
+    made = SimpleNamespace(train=config.Train(batch=batch), engine=config.Engine(micro_batch=asked))
+    micro = loop.micro_batch(made, world)
+    count = loop.accumulation(micro, batch, world)
+    total = 0.0
+    for rank in range(world):
+        share = (rank + 1) * batch // world - rank * batch // world
+        rows = {"x": torch.arange(share)}
+        parts = [loop.take(rows, micro * number, micro, "cpu") for number in range(count)]
+        assert all(1 <= len(part["x"]) <= micro for part, _ in parts)
+        weights = torch.cat([weight for _, weight in parts])
+        assert weights.sum() == share
+        total += float(weights.sum())
+    assert total == batch
+
+
+def test_more_workers_than_images_are_refused() -> None:
+    made = SimpleNamespace(train=config.Train(batch=4), engine=config.Engine())
+    with pytest.raises(ConfigError, match=r"cluster\.workers=5"):
+        loop.micro_batch(made, 5)
