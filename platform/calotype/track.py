@@ -30,6 +30,8 @@ from calotype.runs import Record
 log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two measurements of the machine
+WAIT = 60.0  # seconds at the end of an attempt for what has not been delivered
+PATIENCE = 30.0  # seconds that a server gets to open a new run
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,15 @@ class Tracker:
         """Points the server does not have yet: they travel in checkpoints, back in through `attach`."""
         return []
 
-    def finish(self, status: str = "", wait: float = 60.0) -> None:
-        """Deliver what waits, for at most `wait` seconds; with a status (FINISHED, FAILED, KILLED) the run ends."""
+    def finish(self, status: str = "") -> None:
+        """Deliver what waits, for at most WAIT seconds; with a status (FINISHED, FAILED, KILLED) the run ends."""
 
 
 def create_run(config: Any, job: str, identity: str) -> tuple[str, str]:
     """A new run in MLflow: (run id, artifact root); ("", "") with track=none.
 
     Raises:
-        CalotypeError: MLflow cannot be reached within half a minute.
+        CalotypeError: MLflow cannot be reached in PATIENCE seconds.
         ConfigError: MLflow keeps artifacts where Calotype cannot write them.
     """
     if config.track.kind == "none":
@@ -132,7 +134,7 @@ def settle(record: Record) -> None:
     """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
     left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
     for key in left:
-        MlflowTracker(record, Path(key).stem).finish("FINISHED" if "driver" in key else "", wait=10)
+        MlflowTracker(record, Path(key).stem).finish("FINISHED" if "driver" in key else "")
 
 
 def open_parent(config: Any, job: str) -> str:
@@ -261,24 +263,23 @@ class MlflowTracker(Tracker):
     def pending(self) -> list[Point]:
         return self._outbox.pending()
 
-    def finish(self, status: str = "", wait: float = 60.0) -> None:
+    def finish(self, status: str = "") -> None:
         self._stop.set()
         self._painter.shutdown(wait=True)
-        if self._watching is not None:
+        if self._watching:
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
-        left = self._outbox.close(final, wait)
+        left = self._outbox.close(final, WAIT)
         if left:
-            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), wait, self._unsent)
+            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
             _surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
         else:
             _surely(self._unsent, lambda: self.record.artifacts.delete(self._unsent))
 
     def _left(self) -> list[Point]:
-        try:
+        with contextlib.suppress(Missing):
             return [as_point(point) for point in json.loads(self.record.artifacts.read(self._unsent))]
-        except Missing:
-            return []
+        return []
 
     def _measure(self, prefix: str) -> None:
         start = self._outbox.start(self._stop)
@@ -336,13 +337,14 @@ def _client() -> Any:
     # The client's own retries would hold a thread for minutes; the outbox has its own.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow.tracking.client import MlflowClient
 
     return MlflowClient()
 
 
 def _create(config: Any, name: str, tags: dict[str, str]) -> tuple[str, str]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             client = _client()
