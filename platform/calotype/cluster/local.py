@@ -43,6 +43,7 @@ MARK = "CALOTYPE_STACK"
 # Above Ray's worker range (10002-19999), below what Linux gives to outgoing connections (32768-60999).
 PORT_RANGE = (20_000, 32_000)
 START_SECONDS = 180
+TERM_SECONDS = 4  # from SIGTERM to SIGKILL
 PATIENCE = 30.0  # seconds a living service may take to answer on a busy machine before `up` calls it broken
 
 
@@ -94,7 +95,7 @@ def down(home: Path | None = None) -> list[str]:
         return []
     with _locked(home):
         state = _load(home)
-        ran = [service for service in PORTS if _stop(home, service)]
+        ran = _stop(home, *SERVICES)
         shutil.rmtree(state.pop("scratch", "") or home / "nothing", ignore_errors=True)
         _save(home, state)
         return ran
@@ -115,8 +116,10 @@ def status(home: Path | None = None) -> list[Row]:
             hint = f"; its last log: {log}" if log.exists() else ""
             rows.append(Row(service, known.get(named, ""), "down", "", f"start it with: calotype up{hint}"))
         else:
-            health, why = probe(service, known[named], known)
-            rows.append(Row(service, known[named], "up" if health == "ok" else health, str(pid), why or str(log)))
+            health, why = probe(service, known.get(named, ""), known)
+            rows.append(
+                Row(service, known.get(named, ""), "up" if health == "ok" else health, str(pid), why or str(log))
+            )
     return rows
 
 
@@ -228,18 +231,22 @@ def _spawn(home: Path, service: str, command: list[str], folder: Path, environme
     return process.pid
 
 
-def _stop(home: Path, service: str) -> bool:
-    """TERM, then KILL, every process that carries our mark for this service, and their children."""
-    found = _members(home, service)
-    for process in found:
+def _stop(home: Path, *services: str) -> list[str]:
+    """TERM, then KILL, every process that carries our mark for these services; those that had any.
+
+    SeaweedFS would wait 15 s for a connection to itself to end; what it acknowledged is written either way.
+    """
+    found = {service: _members(home, service) for service in services}
+    every = [process for processes in found.values() for process in processes]
+    for process in every:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    _, alive = psutil.wait_procs(found, timeout=10)
-    for process in {*alive, *_members(home, service)}:
+    _, alive = psutil.wait_procs(every, timeout=TERM_SECONDS)
+    for process in {*alive, *(process for service in services for process in _members(home, service))}:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=10)
-    return bool(found)
+    return [service for service, processes in found.items() if processes]
 
 
 def _members(home: Path, service: str) -> list[psutil.Process]:
