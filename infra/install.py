@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -31,24 +32,28 @@ def main() -> int:
 
     Returns: exit status; 1 after one sentence on stderr.
     """
-    with CONSTRAINTS.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits, then finds it done
-        if works() and STAMP.exists() and STAMP.read_text() == wanted():
-            return 0
-        try:
-            install()
-        except KeyboardInterrupt:
-            print("\nInterrupted: run make again and it starts afresh.", file=sys.stderr)
-            return 130
-        except (subprocess.CalledProcessError, OSError) as error:
-            print(
-                tail(),
-                f"Installation stopped ({error}); .venv/calotype.log has it all. Then run make again.",
-                sep="\n",
-                file=sys.stderr,
-            )
-            return 1
+    try:
+        with CONSTRAINTS.open() as lock:
+            alone(lock)
+            if not (works() and STAMP.exists() and STAMP.read_text() == wanted()):
+                install()
+    except KeyboardInterrupt:
+        print("\nInterrupted: run make again and it starts afresh.", file=sys.stderr)
+        return 130
+    except (subprocess.CalledProcessError, OSError) as error:
+        said = f"Installation stopped ({error}); .venv/calotype.log has it all. Then run make again."
+        print(tail(), said, sep="\n", file=sys.stderr)
+        return 1
     return 0
+
+
+def alone(lock: IO[str]) -> None:
+    """Of two makes at once, the second waits here, and then finds it done."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("Another make is installing into .venv: waiting for it.", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def install() -> None:
