@@ -12,12 +12,13 @@ import torch
 from calotype import config
 from calotype.errors import ConfigError
 from calotype.model.autoencoder import Autoencoder
-from calotype.model.conditioner import empty, prompted
+from calotype.model.conditioner import empty, load_tokenizer, prompted
 from calotype.model.denoiser import build_denoiser
 from calotype.model.diffusion import Diffusion
 from calotype.model.export import check_exportable, export, folded
 from calotype.model.sampler import initial_noise, sample
 from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 MEAN, STD = [0.5, -1.0, 2.0, 0.1], [2.0, 0.3, 1.5, 0.7]
 PROMPTS = ["a photo of seven", "the digit 3"]
@@ -136,3 +137,35 @@ def test_the_folder_needs_no_calotype(tmp_path: Path) -> None:
 def test_what_the_pipeline_cannot_do_is_refused_by_name(settings: config.TrainDenoiser, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check_exportable(settings)
+
+
+def frozen(folder: Path, model: object) -> config.Condition:
+    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    load_tokenizer("small").save_pretrained(folder)
+    return config.Condition(mode="full", path=str(folder), tokenizer=str(folder), length=12)
+
+
+def test_a_frozen_clip_goes_with_it(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(load_tokenizer("small")), max_position_embeddings=12, **sizes))
+    settings, ours = job(conditions={"text": frozen(tmp_path / "clip", clip)}), autoencoder()
+    denoiser = build_denoiser(settings, (4, 8, 8)).eval()
+    export(tmp_path / "made", denoiser, ours, settings, MEAN, STD)
+    cond, nothing = prompted(settings.conditions, PROMPTS), empty(settings.conditions)
+    drawn = sample(denoiser, Diffusion(settings.diffusion), config.Sampler(steps=3), cond, nothing, (4, 8, 8), [7, 8])
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tmp_path / "made"))
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise((4, 8, 8), [7, 8])
+    got = pipeline(PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=2.0, output_type="latent").images
+    torch.testing.assert_close(got, drawn, atol=5e-3, rtol=5e-3)  # cached embeddings are float16
+
+
+def test_text_encoders_that_are_not_clip_are_refused(tmp_path: Path) -> None:
+    t5 = T5EncoderModel(T5Config(vocab_size=len(load_tokenizer("small")), d_model=16, d_kv=4, d_ff=16, num_layers=1))
+    settings = job(conditions={"text": frozen(tmp_path / "t5", t5)})
+    with pytest.raises(ConfigError, match=r"conditions\.text\.path=.*T5EncoderModel"):
+        export(tmp_path / "made", build_denoiser(settings, (4, 8, 8)), autoencoder(), settings, MEAN, STD)
+    assert not (tmp_path / "made").exists()

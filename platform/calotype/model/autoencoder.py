@@ -14,7 +14,7 @@ from calotype import config
 from calotype.errors import ConfigError
 from calotype.model.build import instantiate
 from calotype.model.digests import autoencoder_shape
-from calotype.model.folders import opened, read_config, weight_files
+from calotype.model.folders import opened, weight_files
 
 
 class Autoencoder(nn.Module):
@@ -124,7 +124,6 @@ def load_autoencoder(autoencoder: config.Autoencoder) -> Autoencoder:
         model = AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
-        assert read_config(folder)["latent_channels"] == channels
     return Autoencoder(_kl(model, autoencoder).eval(), f, channels)
 
 

@@ -35,7 +35,10 @@ def opened(path: str, part: str, setting: str) -> Iterator[Path]:
         from calotype.data.store import open_store
 
         with tempfile.TemporaryDirectory(prefix="calotype-model-") as scratch:
-            open_store(path).download("", Path(scratch))
+            store = open_store(path)
+            if part in store.folders():  # a whole pipeline: its other components may be large
+                store = store.at(part)
+            store.download("", Path(scratch))
             yield _part(Path(scratch), part, path, setting)
         return
     folder = Path(path).expanduser()

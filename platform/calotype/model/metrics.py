@@ -88,7 +88,21 @@ def extractor(features: str) -> nn.Module:
         return digit_network()
     if not Path(features).is_file():
         raise ConfigError(f"features={features!r} is neither digits nor the path of a TorchScript Inception")
-    return torch.jit.load(features, map_location="cpu").eval()
+    loaded = torch.jit.load(features, map_location="cpu").eval()
+    arguments = [argument.name for argument in loaded.forward.schema.arguments]
+    return _Features(loaded) if "return_features" in arguments else loaded
+
+
+class _Features(nn.Module):
+    """NVIDIA's TorchScript Inception gives class probabilities unless it is asked for features."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        made: Tensor = self.network(images, return_features=True)
+        return made
 
 
 class _Given(nn.Module):
