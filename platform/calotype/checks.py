@@ -84,13 +84,17 @@ def check(config: Any) -> None:
     if isinstance(config, TrainAutoencoder):
         _check_autoencoder(config.autoencoder, config.resolution, "resolution")
         if config.autoencoder.kind != "kl":
-            raise ConfigError(f"autoencoder.kind={config.autoencoder.kind} has nothing to train: "
-                              "choose an architecture, such as autoencoder=kl_f4")
+            raise ConfigError(
+                f"autoencoder.kind={config.autoencoder.kind} has nothing to train: "
+                "choose an architecture, such as autoencoder=kl_f4"
+            )
     elif hasattr(config, "encoding"):
         _check_autoencoder(config.autoencoder, config.encoding.resolution, "encoding.resolution")
         if config.autoencoder.kind == "kl":
-            raise ConfigError("autoencoder.kind=kl is an architecture without weights: use autoencoder=pretrained "
-                              "autoencoder.path=run:NAME (your train_autoencoder run) or a diffusers folder")
+            raise ConfigError(
+                "autoencoder.kind=kl is an architecture without weights: use autoencoder=pretrained "
+                "autoencoder.path=run:NAME (your train_autoencoder run) or a diffusers folder"
+            )
         for name, condition in config.conditions.items():
             _check_condition(name, condition)
     if isinstance(config, TrainDenoiser):
@@ -98,8 +102,10 @@ def check(config: Any) -> None:
     if hasattr(config, "train"):
         _check_train(config.train)
     if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
-        raise ConfigError(f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "
-                          "set cluster.workers=1 or cluster=ray")
+        raise ConfigError(
+            f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "
+            "set cluster.workers=1 or cluster=ray"
+        )
 
 
 def check_targets(node: Any, where: str) -> None:
@@ -111,8 +117,9 @@ def check_targets(node: Any, where: str) -> None:
             if str(key) in HYDRA_KEYS:
                 raise ConfigError(f"{where}.{key} is not used here: only _target_ and its arguments are")
             if key == "_target_" and not (isinstance(value, str) and value.startswith(TARGETS)):
-                raise ConfigError(f"{where}._target_={value!r} is not allowed: "
-                                  f"name something under {', '.join(TARGETS)}")
+                raise ConfigError(
+                    f"{where}._target_={value!r} is not allowed: name something under {', '.join(TARGETS)}"
+                )
             check_targets(value, f"{where}.{key}")
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
@@ -144,12 +151,16 @@ def check_denoiser(config: TrainDenoiser) -> None:
         ("cross_attention_dim", cross_width(config.conditions), "width of the text encoder"),
     ):
         if model.get(key) is not None and value is not None and model[key] != value:
-            raise ConfigError(f"denoiser.model.{key}={model[key]} but {why} is {value}: "
-                              f"set denoiser.model.{key}={value} or leave it out")
+            raise ConfigError(
+                f"denoiser.model.{key}={model[key]} but {why} is {value}: "
+                f"set denoiser.model.{key}={value} or leave it out"
+            )
     blocks = model.get("block_out_channels", ())
     if blocks and height % 2 ** (len(blocks) - 1):
-        raise ConfigError(f"latents of {height}x{height} cannot be halved {len(blocks) - 1} times: use fewer "
-                          "denoiser.model.block_out_channels or a larger encoding.resolution")
+        raise ConfigError(
+            f"latents of {height}x{height} cannot be halved {len(blocks) - 1} times: use fewer "
+            "denoiser.model.block_out_channels or a larger encoding.resolution"
+        )
 
 
 def _check_autoencoder(autoencoder: Autoencoder, resolution: int, name: str) -> None:
@@ -158,11 +169,15 @@ def _check_autoencoder(autoencoder: Autoencoder, resolution: int, name: str) -> 
     model = autoencoder.model
     blocks = model.get("block_out_channels")
     if blocks and 2 ** (len(blocks) - 1) != autoencoder.f:
-        raise ConfigError(f"autoencoder.f={autoencoder.f} but {len(blocks)} autoencoder.model.block_out_channels "
-                          f"downsample by {2 ** (len(blocks) - 1)}")
+        raise ConfigError(
+            f"autoencoder.f={autoencoder.f} but {len(blocks)} autoencoder.model.block_out_channels "
+            f"downsample by {2 ** (len(blocks) - 1)}"
+        )
     if model.get("latent_channels", autoencoder.channels) != autoencoder.channels:
-        raise ConfigError(f"autoencoder.channels={autoencoder.channels} but autoencoder.model.latent_channels="
-                          f"{model['latent_channels']}")
+        raise ConfigError(
+            f"autoencoder.channels={autoencoder.channels} but autoencoder.model.latent_channels="
+            f"{model['latent_channels']}"
+        )
     if autoencoder.kind == "identity" and (autoencoder.f, autoencoder.channels) != (1, 3):
         raise ConfigError("autoencoder.kind=identity is pixel space: autoencoder.f=1 autoencoder.channels=3")
     if autoencoder.kind == "pretrained" and not autoencoder.path and not autoencoder.digest:

@@ -51,8 +51,9 @@ class Autoencoder:
     """Image <-> latent.  `kl` is trained here, `pretrained` is brought, `identity` is pixel space."""
 
     kind: str = setting("kl", "kl | pretrained | identity")
-    path: str = setting("", "pretrained: diffusers folder, hub id, s3:// URI, or run:NAME of a train_autoencoder run",
-                        identity=False)
+    path: str = setting(
+        "", "pretrained: diffusers folder, hub id, s3:// URI, or run:NAME of a train_autoencoder run", identity=False
+    )
     digest: str = setting("", "digest of the encoder half; filled in on submit")
     f: int = setting(4, "downsampling factor H/h (Rombach et al. 2022, section 3.1)")
     channels: int = setting(4, "latent channels")
@@ -186,8 +187,9 @@ class Job:
     """What every job has."""
 
     name: str = setting(MISSING, "what you call this run; `run:NAME` refers to the newest finished one", identity=False)
-    root: str = setting("s3://calotype", "where datasets, caches and runs live: s3://BUCKET[/PREFIX] or a folder",
-                        identity=False)
+    root: str = setting(
+        "s3://calotype", "where datasets, caches and runs live: s3://BUCKET[/PREFIX] or a folder", identity=False
+    )
     seed: int = setting(0, "of everything random")
     cluster: Cluster = setting(Cluster, "", identity=False)
     track: Track = setting(Track, "", identity=False)
@@ -269,8 +271,11 @@ class Evaluate(Job):
     ema: bool = setting(True, "evaluate the averaged weights")
     images: int = setting(100, "prompted images for the recognition figures")
     fid_images: int = setting(0, "images for FID and KID; 0 for none")
-    features: str = setting("digits", "feature extractor of FID and KID: digits (a small classifier trained on the real "
-                            "ones) or the path of a TorchScript Inception")
+    features: str = setting(
+        "digits",
+        "feature extractor of FID and KID: digits (a small classifier trained on the real "
+        "ones) or the path of a TorchScript Inception",
+    )
     pixel_run: str = setting("", "run of the same UNet in pixel space to compare speeds with", identity=False)
 
 
