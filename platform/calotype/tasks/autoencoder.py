@@ -43,7 +43,7 @@ def resolve(config: TrainAutoencoder) -> TrainAutoencoder:
     """
     dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
     if not dataset.split("train"):
-        raise ConfigError(f"dataset {dataset.name} has no training images: prepare it with a smaller data.held_out")
+        raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     return replace(config, data=replace(config.data, digest=dataset.digest))
 
 
