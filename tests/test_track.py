@@ -206,14 +206,16 @@ def test_machine_figures_are_measured_and_rise_over_restarts(
 ) -> None:
     monkeypatch.setattr(track, "SECONDS", 1.1)
     record = begin(settings)
+    monkeypatch.setattr(track.socket, "gethostname", lambda: "node-1")
     for _ in range(2):
-        tracker = track.attach(settings, record)
-        tracker.watch("node-1")
-        time.sleep(2.6)
-        tracker.finish()
-    steps = [step for step, _ in history(record, "system/node-1/cpu_utilization_percentage")]
-    assert len(steps) >= 3
-    assert steps == sorted(set(steps))
+        with track.open_run(settings, record):
+            worker = track.attach(settings, record)
+            time.sleep(3)
+            worker.finish()
+    for prefix in ("system/", "system/node-1/"):
+        steps = [step for step, _ in history(record, f"{prefix}cpu_utilization_percentage")]
+        assert len(steps) >= 2
+        assert steps == sorted(set(steps))
 
 
 # ------------------------------------------------------------------------------------------------ runs

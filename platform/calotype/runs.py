@@ -223,6 +223,11 @@ def first_attempt_started(record: Record) -> float:
     return float(claim.get("started", time.time()))
 
 
+def driver_host(record: Record) -> str:
+    """The machine that this attempt's driver runs on."""
+    return str((_read_json(record.store, f"attempts/{record.attempt:04d}.json") or {}).get("host", ""))
+
+
 def last_attempt(store: Store) -> int:
     """Number of the newest attempt of the run in `store`; 0 before the first."""
     numbers = [int(entry.key[9:13]) for entry in store.list("attempts/") if entry.key.endswith(".json")]

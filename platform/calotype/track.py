@@ -1,7 +1,6 @@
 """Where a run is seen: metrics, pictures and lineage in MLflow, or nowhere.
 
-Nothing here holds up a step: metrics, tags and lineage go through an outbox, pictures through a thread, and MLflow
-itself (slow to import) is loaded there.
+Nothing here holds up a step: all goes through an outbox or a thread, and MLflow (slow to import) is loaded there.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,7 +25,7 @@ from calotype.errors import CalotypeError, ConfigError
 from calotype.outbox import Outbox, Point, as_point
 from calotype.pictures import write_picture
 from calotype.provenance import as_yaml, commit, flat
-from calotype.runs import Record
+from calotype.runs import Record, driver_host
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,6 @@ class Tracker:
 
     def model(self, name: str, uri: str, kind: str, images: int) -> None:
         """Lineage out of this run: one model, its weights at `uri`; told again, it has moved there."""
-
-    def watch(self, node: str = "") -> None:
-        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/]."""
 
     def pending(self) -> list[Point]:
         """Points the server does not have yet: they travel in checkpoints, back in through `attach`."""
@@ -127,7 +124,9 @@ def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -
     """A worker's tracker of the same run; takes back the points that were unsent when the checkpoint was cut."""
     if config.track.kind == "none" or not record.mlflow_run_id:
         return Tracker(record)
-    return MlflowTracker(record, "worker", pending)
+    tracker = MlflowTracker(record, "worker", pending)
+    tracker.watch(socket.gethostname())
+    return tracker
 
 
 def settle(record: Record) -> None:
@@ -194,6 +193,7 @@ class MlflowTracker(Tracker):
             client.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items() if value])
 
         self._outbox.act(send)
+        self.watch()
         self._painter.submit(_surely, "config.yaml", lambda: self.record.artifacts.write("config.yaml", as_yaml(data)))
 
     def log(self, metrics: Mapping[str, float], images: int) -> None:
@@ -221,18 +221,17 @@ class MlflowTracker(Tracker):
 
     def inputs(self, datasets: Sequence[Dataset] = (), used: Sequence[Record] = ()) -> None:
         def send(client: Any) -> None:
-            from mlflow.entities import Dataset as Node
-            from mlflow.entities import DatasetInput, InputTag, LoggedModelInput
+            from mlflow import entities
 
             read = []
             for item in datasets:
                 kind = "s3" if item.uri.startswith("s3://") else "local"
                 source = json.dumps({"uri": item.uri, "sha256": item.digest})
-                node = Node(item.name, item.digest[:32], kind, source)
-                read.append(DatasetInput(node, [InputTag("mlflow.data.context", item.context)]))
+                node = entities.Dataset(item.name, item.digest[:32], kind, source)
+                read.append(entities.DatasetInput(node, [entities.InputTag("mlflow.data.context", item.context)]))
             runs = [client.get_run(record.mlflow_run_id) for record in used if record.mlflow_run_id]
             models = dict.fromkeys(output.model_id for run in runs for output in _outputs(run))
-            client.log_inputs(self._run, read or None, [LoggedModelInput(model) for model in models] or None)
+            client.log_inputs(self._run, read or None, [entities.LoggedModelInput(model) for model in models] or None)
 
         self._outbox.act(send)
 
@@ -255,10 +254,12 @@ class MlflowTracker(Tracker):
         self._outbox.act(send)
 
     def watch(self, node: str = "") -> None:
-        if self._watching is None:
-            prefix = f"system/{node}/" if node else "system/"
-            self._watching = threading.Thread(target=self._measure, args=(prefix,), name="system metrics", daemon=True)
-            self._watching.start()
+        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/].
+
+        The driver does, without a node's name; so do workers on other machines than the driver's.
+        """
+        self._watching = threading.Thread(target=self._measure, args=(node,), name="system metrics", daemon=True)
+        self._watching.start()
 
     def pending(self) -> list[Point]:
         return self._outbox.pending()
@@ -269,8 +270,7 @@ class MlflowTracker(Tracker):
         if self._watching:
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
-        left = self._outbox.close(final, WAIT)
-        if left:
+        if left := self._outbox.close(final, WAIT):
             log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
             _surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
         else:
@@ -281,9 +281,8 @@ class MlflowTracker(Tracker):
             return [as_point(point) for point in json.loads(self.record.artifacts.read(self._unsent))]
         return []
 
-    def _measure(self, prefix: str) -> None:
-        start = self._outbox.start(self._stop)
-        if start is None:
+    def _measure(self, node: str) -> None:
+        if (start := self._outbox.start(self._stop)) is None or (node and node == driver_host(self.record)):
             return
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -300,6 +299,7 @@ class MlflowTracker(Tracker):
                 found |= monitor.aggregate_metrics()
                 monitor.clear_metrics()
             # The step of a system metric is the run's age in seconds: it rises over restarts too.
+            prefix = f"system/{node}/" if node else "system/"
             self.log({prefix + key: value for key, value in found.items()}, int(time.time() - start))
 
 
@@ -350,9 +350,9 @@ def _create(config: Any, name: str, tags: dict[str, str]) -> tuple[str, str]:
             client = _client()
             run = client.create_run(_experiment(client, config), tags=tags, run_name=name)
             break
-        except ConfigError:
-            raise
         except Exception as error:  # as in Outbox: whatever a server that is not well makes of a request
+            if isinstance(error, ConfigError):
+                raise
             if _Server("", list).refused(error) or time.monotonic() > deadline:
                 raise CalotypeError(
                     f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} opened no run: check MLFLOW_TRACKING_URI, "
