@@ -26,6 +26,8 @@ from calotype.tasks import denoiser
 from calotype.train import checkpoint
 from PIL import Image
 
+pytestmark = pytest.mark.timeout(900)
+
 SPAWNED = Path(__file__).with_name("spawned.py")
 BATCH, STEPS, EDGE = 8, 200, 8
 
@@ -138,10 +140,14 @@ class Runs:
         ]
         killing = any(job.get("kill_at") for job in jobs)
         outs = []
-        for worker in workers:
-            if killing and worker is not workers[0]:
-                worker.kill()  # rank 0 is dead: a cluster would end the others
-            outs.append(worker.communicate(timeout=240)[0].decode())
+        try:
+            for worker in workers:
+                if killing and worker is not workers[0]:
+                    worker.kill()  # rank 0 is dead: a cluster would end the others
+                outs.append(worker.communicate(timeout=600)[0].decode())
+        finally:
+            for worker in workers:
+                worker.kill()
         codes = [worker.returncode for worker in workers]
         if killing:
             assert codes[0] == -signal.SIGKILL, outs[0]
