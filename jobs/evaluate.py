@@ -1,6 +1,6 @@
 """Measure a trained denoiser.
 
-    python jobs/evaluate.py run=run:mine
+python jobs/evaluate.py run=run:mine
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make a dataset: images and captions become WebDataset shards, sidecars and a manifest.
 
-    python jobs/prepare.py data=digits
-    python jobs/prepare.py data=folder data.name=cats data.path=/pictures/cats data.captions=sidecar
+python jobs/prepare.py data=digits
+python jobs/prepare.py data=folder data.name=cats data.path=/pictures/cats data.captions=sidecar
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw pictures with a trained denoiser.
 
-    python jobs/sample.py run=run:mine 'prompts=[a seven, "the number three"]' sampler.guidance=2
+python jobs/sample.py run=run:mine 'prompts=[a seven, "the number three"]' sampler.guidance=2
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train the autoencoder that latents are made with.
 
-    python jobs/train_autoencoder.py data=digits autoencoder=kl_f4_tiny
+python jobs/train_autoencoder.py data=digits autoencoder=kl_f4_tiny
 """
 
 from __future__ import annotations

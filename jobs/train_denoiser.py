@@ -1,6 +1,6 @@
 """Train the diffusion model on a cache of latents.
 
-    python jobs/train_denoiser.py data=digits autoencoder.path=run:mine denoiser=unet_tiny cluster.workers=2
+python jobs/train_denoiser.py data=digits autoencoder.path=run:mine denoiser=unet_tiny cluster.workers=2
 """
 
 from __future__ import annotations

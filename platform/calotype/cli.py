@@ -29,7 +29,7 @@ Resolve = Callable[[Any], Any]
 
 
 def job_main(job: str, resolve: Resolve, run: Run) -> None:
-    """What `python jobs/JOB.py` does: compose, check, resolve and run here; `--resolved URI` runs what was submitted."""
+    """What `python jobs/JOB.py` does: compose, check, resolve, run here; `--resolved URI` runs what was submitted."""
     argv = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("calotype").setLevel(logging.INFO)
@@ -56,20 +56,22 @@ def execute(job: str, config: Any, run: Run) -> dict[str, Any]:
     """Open the run's record, run the body, publish its result.
 
     Returns:
-        The figures; nothing is published of a run that was stopped before its end (the same command goes on).
+        The figures.
+
+    Raises:
+        CalotypeError: it failed, or it was asked to stop before its end; then nothing is published.
     """
     start = time.monotonic()
     record = runs.begin(job, config, lambda identity: track.create_run(config, job, identity), track.discard_run)
     with runs.attempt_of(record) as publish, track.open_run(config, record) as tracker:
         result = run(config, record, tracker)
-        if finished := not result.pop("stopped", False):
+        if finished := bool(result) and not result.pop("stopped", False):
             result["seconds"] = round(time.monotonic() - start, 1)
             publish(result)
             tracker.figures(result)
-    if finished:
-        show_result(record, result)
-    else:
-        print(f"{job} {record.name} stopped before its end; the same command goes on from its last checkpoint")
+    if not finished:
+        raise CalotypeError(f"{job} {record.name} was stopped at a checkpoint: the same command goes on from there")
+    show_result(record, result)
     return result
 
 
@@ -144,7 +146,8 @@ def job_module(job: str) -> Any:
     """The file jobs/JOB.py as a module: its `resolve` and `run`."""
     path = compose.shipped("jobs") / f"{job}.py"
     spec = importlib.util.spec_from_file_location(f"calotype_job_{job}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -169,8 +172,9 @@ def submit_config(job: str, config: Any) -> str | None:
     if record is not None:
         attempt = runs.last_attempt(record.store) + 1
         if attempt > 1 and (who := runs.alive(record, attempt - 1)):
-            raise CalotypeError(f"{job} {config.name} is running already on {who} (attempt {attempt - 1}): "
-                                f"`calotype ps` shows it")
+            raise CalotypeError(
+                f"{job} {config.name} is running already on {who} (attempt {attempt - 1}): `calotype ps` shows it"
+            )
     store = open_store(resolved.root).at("runs", identity)
     key = f"submitted/{attempt:04d}-{os.urandom(3).hex()}.json"
     store.write(key, json.dumps(compose.as_data(resolved), indent=1).encode())
@@ -211,7 +215,7 @@ SUBMIT_HELP = f"""usage: calotype submit JOB [--no-wait] [OVERRIDES...] [HYDRA F
 Compose the job's config here, check it, and run it on the cluster; its log follows until it ends (Ctrl-C leaves it
 running).  The same command again continues the run, or does nothing when it is done.
 
-jobs:   {', '.join(JOBS)}
+jobs:   {", ".join(JOBS)}
 flags:  --cfg job      print the composed config and stop       -m a=1,2 b=3,4   one job per combination
         --no-wait      return as soon as it is submitted        --help           (after JOB) its groups and settings
 
@@ -232,16 +236,36 @@ def show_runs(args: argparse.Namespace) -> int:
         merged: dict[str, Any] = {}
         for record in found:  # the newest figure of a name wins
             merged.update(results[record.identity])
-        listed = [{"job": r.job, "name": r.name, "identity": r.identity, "status": r.status(), "artifacts":
-                   r.artifact_root, "mlflow_run_id": r.mlflow_run_id, "result": results[r.identity]} for r in found]
+        listed = [
+            {
+                "job": r.job,
+                "name": r.name,
+                "identity": r.identity,
+                "status": r.status(),
+                "artifacts": r.artifact_root,
+                "mlflow_run_id": r.mlflow_run_id,
+                "result": results[r.identity],
+            }
+            for r in found
+        ]
         print(json.dumps({**merged, "runs": listed} if args.name else listed, indent=1))
         return 0
     if args.name:
         for record in found:
             show_result(record, results[record.identity] or {"status": record.status()})
         return 0
-    rows = [[r.name, r.job, r.identity[:8], r.status(), time.strftime("%Y-%m-%d %H:%M", time.localtime(r.created)),
-             console.figure(results[r.identity].get("seconds", "")), headline(results[r.identity])] for r in found]
+    rows = [
+        [
+            r.name,
+            r.job,
+            r.identity[:8],
+            r.status(),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(r.created)),
+            console.figure(results[r.identity].get("seconds", "")),
+            headline(results[r.identity]),
+        ]
+        for r in found
+    ]
     console.table(f"runs under {args.root}", ["name", "job", "run", "status", "started", "seconds", "figures"], rows)
     return 0
 
@@ -318,9 +342,11 @@ def demo(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="calotype", description="Train latent diffusion models, from a laptop to a cluster.",
+        prog="calotype",
+        description="Train latent diffusion models, from a laptop to a cluster.",
         epilog="Begin with `calotype demo`.  Services of your own instead of the embedded ones: set AWS_*, "
-               "MLFLOW_TRACKING_URI, RAY_ADDRESS.")
+        "MLFLOW_TRACKING_URI, RAY_ADDRESS.",
+    )
     top.add_argument("--version", action="version", version=f"calotype {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 

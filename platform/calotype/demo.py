@@ -46,11 +46,13 @@ def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str
     rows.append(["all", "", _took(began), ""])
     console.table("demo", ["step", "what it made", "seconds", "figures"], rows)
     record = runs.find(root, "train_denoiser", "run:demo")
-    print(f"look at     {folder / 'samples.png'}\n"
-          f"curves      {track.page(record.mlflow_run_id)}\n"
-          f"figures     calotype runs show demo\n"
-          f"draw more   calotype submit sample run=run:demo 'prompts=[\"a seven\", \"the digit 3\"]' name=mine\n"
-          f"the stack stays up: `calotype status` shows it, `calotype down` stops it")
+    print(
+        f"look at     {folder / 'samples.png'}\n"
+        f"curves      {track.page(record.mlflow_run_id)}\n"
+        f"figures     calotype runs show demo\n"
+        f'draw more   calotype submit sample run=run:demo \'prompts=["a seven", "the digit 3"]\' name=mine\n'
+        f"the stack stays up: `calotype status` shows it, `calotype down` stops it"
+    )
     return 0
 
 

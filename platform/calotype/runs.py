@@ -77,8 +77,10 @@ class Record:
             Superseded: this process is a leftover.
         """
         if self.attempt and last_attempt(self.store) != self.attempt:
-            raise Superseded(f"attempt {self.attempt} of {self.job} {self.identity[:8]} was superseded by attempt "
-                             f"{last_attempt(self.store)}: this one stops without writing")
+            raise Superseded(
+                f"attempt {self.attempt} of {self.job} {self.identity[:8]} was superseded by attempt "
+                f"{last_attempt(self.store)}: this one stops without writing"
+            )
 
 
 def done(job: str, config: Any) -> Record | None:
@@ -113,8 +115,10 @@ def find(root: str, job: str, reference: str) -> Record:
         newest = newest or record
     if newest is None:
         known = ", ".join(sorted(open_store(root).at("names", job).folders())) or "none"
-        raise CalotypeError(f"no {job} run named {name!r} under {root} (known: {known}): "
-                            f"run it first with `calotype submit {job} name={name}`")
+        raise CalotypeError(
+            f"no {job} run named {name!r} under {root} (known: {known}): "
+            f"run it first with `calotype submit {job} name={name}`"
+        )
     return newest
 
 
@@ -140,8 +144,16 @@ def begin(job: str, config: Any, create: Callable[[str], tuple[str, str]], disca
     record = load(config.root, run)
     if record is None:
         run_id, artifacts = create(run)
-        record = Record(job, run, config.name, config.root, artifacts or f"{store.uri}/artifacts", run_id,
-                        created=time.time(), config=as_data(config))
+        record = Record(
+            job,
+            run,
+            config.name,
+            config.root,
+            artifacts or f"{store.uri}/artifacts",
+            run_id,
+            created=time.time(),
+            config=as_data(config),
+        )
         data = {key: value for key, value in asdict(record).items() if key not in ("root", "attempt")}
         if not store.publish("run.json", json.dumps(data, indent=1).encode()):
             discard(run_id)
@@ -152,10 +164,17 @@ def begin(job: str, config: Any, create: Callable[[str], tuple[str, str]], disca
         names.publish(f"{int(record.created * 1000):014d}-{run}", b"")
     attempt = last_attempt(store)
     if attempt and (who := alive(record, attempt)):
-        raise CalotypeError(f"{job} {config.name} ({run[:8]}) is already running as attempt {attempt} on {who}: "
-                            f"wait for it, or `calotype cancel` it")
-    claim = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "started": time.time(),
-             "submission": os.environ.get("CALOTYPE_SUBMISSION", "")}
+        raise CalotypeError(
+            f"{job} {config.name} ({run[:8]}) is already running as attempt {attempt} on {who}: "
+            f"wait for it, or `calotype cancel` it"
+        )
+    claim = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "boot": _boot(),
+        "started": time.time(),
+        "submission": os.environ.get("CALOTYPE_SUBMISSION", ""),
+    }
     if not store.publish(f"attempts/{attempt + 1:04d}.json", json.dumps(claim).encode()):
         raise CalotypeError(f"{job} {config.name} ({run[:8]}) was started by somebody else in this very moment")
     return Record(**{**asdict(record), "attempt": attempt + 1})
@@ -196,16 +215,19 @@ def attempt_of(record: Record) -> Iterator[Callable[[dict[str, Any]], None]]:
             with contextlib.suppress(Exception):  # a hint: an outage of the store must not end a run
                 store.write(f"attempts/{record.attempt:04d}.alive", json.dumps(beats).encode())
 
+    published: list[float] = []
+
     def publish(result: dict[str, Any]) -> None:
         record.check_current()
         store.write("result.json", json.dumps(result, indent=1, sort_keys=True).encode())
+        published.append(time.time())
 
     thread = threading.Thread(target=count, name="alive", daemon=True)
     thread.start()
-    status, reason = "failed", ""
+    status, reason = "cancelled", ""
     try:
         yield publish
-        status = "finished" if store.exists("result.json") else "cancelled"
+        status = "finished" if published else status
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         status = "cancelled" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"

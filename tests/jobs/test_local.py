@@ -13,24 +13,40 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-TINY_AUTOENCODER = ["autoencoder=kl_f4_tiny", "autoencoder.model.block_out_channels=[8,8,16]",
-                    "++autoencoder.model.norm_num_groups=4"]
+TINY_AUTOENCODER = [
+    "autoencoder=kl_f4_tiny",
+    "autoencoder.model.block_out_channels=[8,8,16]",
+    "++autoencoder.model.norm_num_groups=4",
+]
 TINY_DENOISER = ["denoiser=unet_tiny", "denoiser.model.block_out_channels=[16,32]", "denoiser.model.norm_num_groups=8"]
 
 
 def job(name: str, *overrides: str, home: Path, fails: bool = False) -> str:
     """Run jobs/NAME.py; its output."""
-    env = {**os.environ, "CALOTYPE_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-           "PYTHONPATH": str(ROOT / "platform")}
-    done = subprocess.run([sys.executable, str(ROOT / "jobs" / f"{name}.py"), *overrides], cwd=home, env=env,
-                          capture_output=True, text=True, timeout=240)
+    env = {
+        **os.environ,
+        "CALOTYPE_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "platform"),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *overrides],
+        cwd=home,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
 def result(home: Path, name: str) -> dict[str, Any]:
-    found = [json.loads(path.read_text()) | {"record": json.loads((path.parent / "run.json").read_text())}
-             for path in home.glob("debug/runs/*/result.json")]
+    found = [
+        json.loads(path.read_text()) | {"record": json.loads((path.parent / "run.json").read_text())}
+        for path in home.glob("debug/runs/*/result.json")
+    ]
     return next(entry for entry in found if entry["record"]["job"] == name)
 
 
@@ -41,8 +57,15 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job("prepare", "debug=local", home=home)
     job("train_autoencoder", "debug=tiny", *TINY_AUTOENCODER, "engine=torch", home=home)
     job("cache_latents", "debug=local", "autoencoder.path=run:train_autoencoder", home=home)
-    job("train_denoiser", "debug=tiny", "autoencoder.path=run:train_autoencoder", *TINY_DENOISER, "engine=torch",
-        "prompts=[a seven]", home=home)
+    job(
+        "train_denoiser",
+        "debug=tiny",
+        "autoencoder.path=run:train_autoencoder",
+        *TINY_DENOISER,
+        "engine=torch",
+        "prompts=[a seven]",
+        home=home,
+    )
     job("sample", "debug=local", "run=run:train_denoiser", "prompts=[a seven, a one]", "sampler.steps=3", home=home)
     job("evaluate", "debug=local", "run=run:train_denoiser", "images=20", "sampler.steps=3", home=home)
     return home
@@ -59,14 +82,29 @@ def test_every_job_leaves_its_result(line: Path) -> None:
 
 
 def test_the_same_command_finds_it_finished(line: Path) -> None:
-    out = job("train_denoiser", "debug=tiny", "autoencoder.path=run:train_autoencoder", *TINY_DENOISER, "engine=torch",
-              "prompts=[a seven]", home=line)
+    out = job(
+        "train_denoiser",
+        "debug=tiny",
+        "autoencoder.path=run:train_autoencoder",
+        *TINY_DENOISER,
+        "engine=torch",
+        "prompts=[a seven]",
+        home=line,
+    )
     assert "finished already" in out
 
 
 def test_a_longer_run_continues_the_shorter_one(line: Path) -> None:
-    out = job("train_denoiser", "debug=tiny", "autoencoder.path=run:train_autoencoder", *TINY_DENOISER, "engine=torch",
-              "prompts=[a seven]", "train.images=320", home=line)
+    out = job(
+        "train_denoiser",
+        "debug=tiny",
+        "autoencoder.path=run:train_autoencoder",
+        *TINY_DENOISER,
+        "engine=torch",
+        "prompts=[a seven]",
+        "train.images=320",
+        home=line,
+    )
     assert "256" in out
     assert result(line, "train_denoiser")["images"] == 320
 
@@ -83,13 +121,27 @@ def test_hydra_flags_work_as_hydra_users_expect(line: Path) -> None:
     assert "lr: 0.0003" in out
     assert "groups (choose with GROUP=OPTION)" in job("prepare", "--help", home=line)
     env = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "COMP_LINE": "x engine=ze", "COMP_POINT": "99"}
-    done = subprocess.run([sys.executable, "jobs/train_denoiser.py", "-sc", "query=bash"], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "jobs/train_denoiser.py", "-sc", "query=bash"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert "engine=zero3" in done.stdout, done.stderr
 
 
 def test_a_sweep_runs_every_combination_and_fails_if_one_does(line: Path) -> None:
     job("sample", "-m", "debug=local", "run=run:train_denoiser", "prompts=[a two]", "sampler.steps=1,2", home=line)
-    out = job("sample", "-m", "debug=local", "run=run:train_denoiser,run:nobody", "prompts=[a two]", "sampler.steps=1",
-              home=line, fails=True)
+    out = job(
+        "sample",
+        "-m",
+        "debug=local",
+        "run=run:train_denoiser,run:nobody",
+        "prompts=[a two]",
+        "sampler.steps=1",
+        home=line,
+        fails=True,
+    )
     assert "nobody" in out.strip().splitlines()[-1]

@@ -13,19 +13,36 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TINY_AUTOENCODER = ["autoencoder=kl_f4_tiny", "autoencoder.model.block_out_channels=[8,8,16]",
-                    "++autoencoder.model.norm_num_groups=4", "train.images=512", "train.batch=32",
-                    "train.log_every=32", "train.checkpoint_every=256"]
-TINY_DENOISER = ["denoiser=unet_tiny", "denoiser.model.block_out_channels=[16,32]", "denoiser.model.norm_num_groups=8",
-                 "autoencoder.path=run:line", "train.images=256", "train.batch=32", "train.log_every=32",
-                 "train.validate_every=128", "train.sample_every=256", "train.checkpoint_every=128", "prompts=[a seven]",
-                 "sampler.steps=3"]
+TINY_AUTOENCODER = [
+    "autoencoder=kl_f4_tiny",
+    "autoencoder.model.block_out_channels=[8,8,16]",
+    "++autoencoder.model.norm_num_groups=4",
+    "train.images=512",
+    "train.batch=32",
+    "train.log_every=32",
+    "train.checkpoint_every=256",
+]
+TINY_DENOISER = [
+    "denoiser=unet_tiny",
+    "denoiser.model.block_out_channels=[16,32]",
+    "denoiser.model.norm_num_groups=8",
+    "autoencoder.path=run:line",
+    "train.images=256",
+    "train.batch=32",
+    "train.log_every=32",
+    "train.validate_every=128",
+    "train.sample_every=256",
+    "train.checkpoint_every=128",
+    "prompts=[a seven]",
+    "sampler.steps=3",
+]
 
 
 def calotype(*words: str, fails: bool = False, cwd: Path = ROOT, checkout: Path = ROOT) -> str:
     env = {**os.environ, "PYTHONPATH": str(checkout / "platform"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "calotype", *words], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "calotype", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
+    )
     assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -50,7 +67,8 @@ def shown(root: str) -> dict[str, Any]:
 
 def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
     assert {run["job"]: run["status"] for run in shown["runs"]} == dict.fromkeys(
-        ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample"), "finished")
+        ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample"), "finished"
+    )
     assert shown["psnr_heldout"] > 5
     assert shown["validation_loss"] > 0
 
@@ -82,13 +100,25 @@ def test_mlflow_shows_curves_lineage_and_checkpoints(root: str, shown: dict[str,
 def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
     from mlflow import MlflowClient
 
-    out = calotype("submit", "sample", "-m", f"root={root}", "name=swept", "track.experiment=test", "run=run:line",
-                   "prompts=[a one]", "sampler.steps=1,2")
+    out = calotype(
+        "submit",
+        "sample",
+        "-m",
+        f"root={root}",
+        "name=swept",
+        "track.experiment=test",
+        "run=run:line",
+        "prompts=[a one]",
+        "sampler.steps=1,2",
+    )
     assert out.count("submitted sample-") == 2
     client = MlflowClient()
     experiment = client.get_experiment_by_name("test")
-    children = [run for run in client.search_runs([experiment.experiment_id], "tags.`calotype.job` = 'sample'")
-                if run.info.run_name == "swept" and "mlflow.parentRunId" in run.data.tags]
+    children = [
+        run
+        for run in client.search_runs([experiment.experiment_id], "tags.`calotype.job` = 'sample'")
+        if run.info.run_name == "swept" and "mlflow.parentRunId" in run.data.tags
+    ]
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
     assert len(children) == 2
 
@@ -96,8 +126,16 @@ def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
 def test_a_job_that_fails_exits_non_zero_with_the_reason_last(root: str, tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(b"this is text")
     (tmp_path / "good.txt").write_text("a caption")
-    out = calotype("submit", "prepare", f"root={root}", "data=folder", "data.name=bad", f"data.path={tmp_path}",
-                   "name=bad", fails=True)
+    out = calotype(
+        "submit",
+        "prepare",
+        f"root={root}",
+        "data=folder",
+        "data.name=bad",
+        f"data.path={tmp_path}",
+        "name=bad",
+        fails=True,
+    )
     assert "good.png" in "".join(out.strip().splitlines()[-3:])
     assert calotype("runs", "--root", root).count("failed") == 1
 
@@ -108,8 +146,9 @@ def test_an_edited_checkout_submits_its_edits(root: str, tmp_path: Path) -> None
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = checkout / "platform" / "calotype" / "tasks" / "prepare.py"
     source.write_text(source.read_text() + "\nprint('edited by hand')\n")
-    out = calotype("submit", "prepare", f"root={root}", "data.name=edited", "name=edited", checkout=checkout,
-                   cwd=tmp_path)
+    out = calotype(
+        "submit", "prepare", f"root={root}", "data.name=edited", "name=edited", checkout=checkout, cwd=tmp_path
+    )
     assert "edited by hand" in out.split("submitted ", 1)[1]
 
 

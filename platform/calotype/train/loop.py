@@ -22,6 +22,7 @@ from torch import Tensor
 from calotype import runs, track
 from calotype.compose import digest_of, identity_fields
 from calotype.config import Optim
+from calotype.console import Progress
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.train import checkpoint
@@ -91,16 +92,21 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     def due(every: int) -> bool:
         return images > start and every > 0 and images // every > (images - batch) // every
 
-    with tracking(task, config, worker, record, state) as tracker, ahead(task, images, worker) as batches:
+    asked = Asked(worker)
+
+    with (
+        tracking(task, config, worker, record, state) as tracker,
+        ahead(task, images, worker) as batches,
+        bar(config, worker, record) as show,
+    ):
         while True:
             done = images >= settings.images
-            stop = False
+            ending = asked.to_stop() or done
             fresh: dict[str, float] = {}
-            if images > start and (done or due(settings.log_every) or due(settings.checkpoint_every)):
-                fresh, stop = meter.read(task, worker.stop(), clock)
+            if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
+                fresh = meter.read(task, clock)
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 refuse_nonfinite(fresh, images, record)
-            ending = done or stop or (images == start and agree(worker, worker.stop()))
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
                 fresh.update(task.validate())
             if images > start and (due(settings.sample_every) or (done and settings.sample_every)):
@@ -117,6 +123,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 save(task, config, worker, record, images, clock, figures, tracker.pending() if tracker else [])
                 if tracker:
                     task.saved(tracker, images)
+            show(images, figures)
             if ending:
                 break
 
@@ -153,6 +160,20 @@ def tracking(
         yield tracker
     finally:
         tracker.finish()
+
+
+@contextlib.contextmanager
+def bar(config: Any, worker: Worker, record: runs.Record | None) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Rank 0's progress bar, with the last figures that say how it goes."""
+    if record is None or worker.rank:
+        yield lambda images, figures: None
+        return
+    with Progress(config.train.images, "images", "train") as progress:
+
+        def show(images: int, figures: Mapping[str, Any]) -> None:
+            progress.update(images, **{name: figures[name] for name in ("loss", "validation_loss") if name in figures})
+
+        yield show
 
 
 def lr(optim: Optim, images: int, total: int) -> float:
@@ -239,7 +260,7 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
 
 
 class Meter:
-    """Sums on the device.  Reading them is the loop's one collective; it also agrees on stopping."""
+    """Sums on the device, read with one collective."""
 
     def __init__(self, worker: Worker, batch: int) -> None:
         self.worker, self.batch = worker, batch
@@ -266,17 +287,15 @@ class Meter:
         self.steps, self.rate, self.waited = self.steps + 1, rate, self.waited + wait
         self.seconds += time.monotonic() - self.running
 
-    def read(self, task: Task, stop: bool, clock: Clock) -> tuple[dict[str, float], bool]:
-        """Means per step since the last reading, over all ranks, and whether any rank wants to stop.  Collective."""
+    def read(self, task: Task, clock: Clock) -> dict[str, float]:
+        """Means per step since the last reading, over all ranks.  Collective."""
         began = time.monotonic()
         names = list(self.sums)
-        local = [self.waited / self.worker.world, float(stop)]
-        vector = torch.stack(
-            [*(self.sums[name] for name in names), *torch.tensor(local).double().to(self.worker.device)]
-        )
+        waiting = torch.tensor(self.waited / self.worker.world).double().to(self.worker.device)
+        vector = torch.stack([*(self.sums[name] for name in names), waiting])
         if self.worker.world > 1:
             dist.all_reduce(vector)
-        *values, waited, stopping = vector.tolist()  # waits for the device: so the time counts as training
+        *values, waited = vector.tolist()  # waits for the device: so the time counts as training
         assert self.norms is not None
         seconds = self.seconds + time.monotonic() - began
         images = self.steps * self.batch
@@ -289,7 +308,7 @@ class Meter:
         figures["images_per_second"] = images / max(seconds, 1e-9)
         figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
         self.reset()
-        return figures, stopping > 0
+        return figures
 
 
 def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Record | None) -> None:
@@ -303,6 +322,27 @@ def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Rec
             f"{' and '.join(bad)} not finite at {images:,} images ({shown}): nothing was saved since {since}; "
             "lower optim.lr, set optim.clip, or use engine.precision=bf16 or fp32"
         )
+
+
+class Asked:
+    """Whether any rank was asked to stop.  The vote of one step is read at the next, so that nobody waits for it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.group: Any = dist.new_group(backend="gloo") if worker.world > 1 else None
+        self.voting: Any = None
+
+    def to_stop(self) -> bool:
+        """The same answer on every rank.  Collective."""
+        if self.group is None:
+            return self.worker.stop()
+        agreed = False
+        if self.voting is not None:
+            self.voting.wait()
+            agreed = bool(self.vote.item() > 0)
+        self.vote = torch.tensor(float(self.worker.stop()))
+        self.voting = dist.all_reduce(self.vote, group=self.group, async_op=True)
+        return agreed
 
 
 def agree(worker: Worker, flag: bool) -> bool:
@@ -357,26 +397,35 @@ def save(
 
 
 def resume(task: Task, worker: Worker, record: runs.Record | None) -> dict[str, Any]:
-    """Load the newest checkpoint that is whole; {} if there is none.  Collective."""
-    found = checkpoint.committed(record.artifacts) if record else []
-    for images in reversed(found):
-        assert record is not None
+    """Load the newest checkpoint that is whole; {} if there is none.  Collective.
+
+    Raises:
+        DataError: there are some, and none is whole.
+    """
+    if record is None:
+        return {}
+    found: list[Any] = [checkpoint.committed(record.artifacts)]
+    if worker.world > 1:
+        dist.broadcast_object_list(found)  # the same choice everywhere
+    for images in reversed(found[0]):
         try:
             with checkpoint.opened(record.artifacts, images) as saved:
                 if agree(worker, False):
                     continue
                 for name, engine in task.engines.items():
-                    states = {kind: saved.tensors[f"{name}.{kind}"] for kind in ("weights", "exp_avg", "exp_avg_sq")}
-                    if f"{name}.ema" in saved.tensors:
-                        states["ema"] = saved.tensors[f"{name}.ema"]
+                    kinds = [kind for kind in saved.tensors if kind.startswith(f"{name}.")]
+                    states = {kind.removeprefix(f"{name}."): saved.tensors[kind] for kind in kinds}
                     engine.load(states, saved.state["engines"][name])
-                if worker.rank == 0:
-                    log.info("resumes at %s images", f"{images:,}")
-                return saved.state
         except DataError as error:
             agree(worker, True)
-            log.error("%s; trying the one before", error)
-    if found:
-        raise DataError(f"none of the {len(found)} checkpoints under {record.artifacts.uri} is whole: "  # type: ignore[union-attr]
-                        "remove them to start anew")  # fmt: skip
+            log.error("%s; goes back to the one before", error)
+            continue
+        if worker.rank == 0:
+            log.info("resumes at %s images", f"{images:,}")
+            for damaged in (other for other in found[0] if other > images):
+                record.check_current()
+                checkpoint.discard(record.artifacts, damaged)
+        return saved.state
+    if found[0]:
+        raise DataError(f"none of the checkpoints under {record.artifacts.uri} is whole: remove them to start anew")
     return {}
