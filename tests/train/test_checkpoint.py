@@ -120,5 +120,5 @@ def test_unknown_format_is_refused(store: Store) -> None:
     checkpoint.save(store, 640, tensors(), {})
     key = "checkpoints/000000000640/COMMIT.json"
     store.write(key, json.dumps({**json.loads(store.read(key)), "format": "calotype.checkpoint/9"}).encode())
-    with pytest.raises(DataError, match="checkpoint/9"), checkpoint.opened(store, 640):
+    with pytest.raises(CalotypeError, match="checkpoint/9"), checkpoint.opened(store, 640):
         pass

@@ -144,8 +144,10 @@ def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
 
 
-def test_loss_scale_finds_its_place_and_gives_up_at_one() -> None:
-    engine = made()
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_loss_scale_finds_its_place_and_gives_up_at_one(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    engine = made(kind, stage)
     engine.dynamic, engine.loss_scale = True, 4.0  # what fp16 on a GPU sets
 
     def overflow() -> float:
@@ -156,7 +158,7 @@ def test_loss_scale_finds_its_place_and_gives_up_at_one() -> None:
     assert overflow() == 0.0
     assert engine.loss_scale == 2.0
     assert torch.equal(engine.states()[0]["weights"]["0.weight"], before)
-    assert steps(engine, 0, 1) == pytest.approx(bare(1)[0], rel=1e-5)  # the scale is not seen in the loss
+    assert steps(engine, 0, 3) == pytest.approx(bare(3)[0], rel=1e-5)  # the scale is not seen in losses and steps
     overflow()
     with pytest.raises(CalotypeError, match="bf16"):
         overflow()

@@ -199,6 +199,9 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(
     loop.run(task(made, seen=seen), made, Worker(), record)
     assert seen[0] == 5 * BATCH
     assert key.rsplit("/", 1)[1] in caplog.text
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH, 10 * BATCH]
+    with checkpoint.opened(record.artifacts, 10 * BATCH):
+        pass  # it was made anew
     for entry in list(record.artifacts.list("checkpoints/")):
         record.artifacts.write(entry.key, b"no")
     with pytest.raises(DataError):

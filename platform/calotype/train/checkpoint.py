@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calotype.data.store import Missing, Store
-from calotype.errors import DataError
+from calotype.errors import CalotypeError, DataError
 
 if TYPE_CHECKING:  # this page is also read at submit, where torch is not
     from torch import Tensor
@@ -103,6 +103,13 @@ def latest(store: Store) -> int | None:
     return max(committed(store), default=None)
 
 
+def discard(store: Store, images: int) -> None:
+    """Delete a checkpoint, commit first; one that is damaged would stand in the way of the same images saved anew."""
+    place = store.at(FOLDER, f"{images:012d}")
+    for key in sorted((entry.key for entry in place.list()), key=lambda key: key != COMMIT):
+        place.delete(key)
+
+
 def digest(store: Store, images: int) -> str:
     """sha256 of the commit, which names every byte of the checkpoint."""
     return hashlib.sha256(_commit(store, images)[1]).hexdigest()
@@ -117,6 +124,7 @@ def opened(store: Store, images: int, kinds: tuple[str, ...] | None = None) -> I
 
     Raises:
         DataError: there is no such checkpoint, or its bytes are not what was committed; names the file.
+        CalotypeError: it is of a format that came later.
     """
     commit, _ = _commit(store, images)
     place = store.at(FOLDER, f"{images:012d}")
@@ -186,7 +194,9 @@ def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
     except ValueError:
         raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint") from None
     if commit.get("format") != FORMAT:
-        raise DataError(f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT}")
+        raise CalotypeError(
+            f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT}: use a newer one"
+        )
     return commit, data
 
 
@@ -205,10 +215,8 @@ def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
 
 
 def _forget(store: Store, images: int, keep: int) -> None:
-    """Delete checkpoints before the newest `keep`, and what was never committed before `images`; commits first."""
+    """Delete checkpoints before the newest `keep`, and what was never committed before `images`."""
     kept = committed(store)[-keep:]
-    keys = [entry.key for entry in store.list(f"{FOLDER}/")]
-    for key in sorted(keys, key=lambda key: not key.endswith(COMMIT)):
-        folder = key.split("/")[1]
+    for folder in store.folders(FOLDER):
         if folder.isdigit() and int(folder) < images and int(folder) not in kept:
-            store.delete(key)
+            discard(store, int(folder))

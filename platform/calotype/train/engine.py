@@ -259,7 +259,9 @@ class Zero:
         self.limit = optim.clip
         self.parameters = list(module.parameters())
         numel = sum(p.numel() for p in self.parameters)
-        bucket = max(min(numel, 50_000_000), 1)  # DeepSpeed allocates whole buckets: never more than the model
+        bucket = min(
+            numel + numel % 2, 50_000_000
+        )  # it allocates whole buckets, of an even size: none beyond the model
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # nothing of ours depends on it
             "gradient_accumulation_steps": accumulation,

@@ -24,9 +24,10 @@ from calotype.compose import digest_of, identity_fields
 from calotype.config import Optim
 from calotype.console import Progress
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.errors import ConfigError, DataError
 from calotype.train import checkpoint
 from calotype.train.engine import Engine
+from calotype.train.figures import Asked, Clock, Meter, agree, refuse_nonfinite
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +60,6 @@ class Task:
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
 
 
-@dataclass
-class Clock:
-    """Seconds over all attempts of a run, without those whose steps were lost."""
-
-    trained: float = 0.0  # in steps, without waiting for data
-    waited: float = 0.0
-
-
 def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = None) -> dict[str, Any]:
     """Train until `config.train.images` were seen, from the newest checkpoint of the run if it has one.
 
@@ -85,7 +78,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     state = resume(task, worker, record)
     images, clock = int(state.get("images", 0)), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
     began = runs.first_attempt_started(record) if record else time.time()
-    meter = Meter(worker, batch)
+    meter = Meter(worker, batch, task.engines)
     figures: dict[str, Any] = dict(state.get("figures", {}))
     start = images
 
@@ -104,7 +97,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             ending = asked.to_stop() or done
             fresh: dict[str, float] = {}
             if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
-                fresh = meter.read(task, clock)
+                fresh = meter.read(clock)
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 refuse_nonfinite(fresh, images, record)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
@@ -254,104 +247,6 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
         if hasattr(source, "close"):
             source.close()
         thread.join(10)
-
-
-# -------------------------------------------------------------------------------------------------- figures
-
-
-class Meter:
-    """Sums on the device, read with one collective."""
-
-    def __init__(self, worker: Worker, batch: int) -> None:
-        self.worker, self.batch = worker, batch
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.norms: Tensor | None = None
-        self.steps, self.rate, self.waited = 0, 0.0, 0.0
-        self.seconds, self.running = 0.0, 0.0
-
-    def resume(self) -> None:
-        """Training goes on: time counts until the step has been given to the device."""
-        self.running = time.monotonic()
-
-    def add(self, values: Tensors, weight: Tensor) -> None:
-        for name, value in values.items():
-            part = (value.detach().double() * weight).sum() / self.batch
-            self.sums[name] = self.sums[name] + part if name in self.sums else part
-
-    def step(self, norms: list[Tensor], rate: float, wait: float) -> None:
-        norm = torch.stack([norm.detach() for norm in norms]).max()
-        self.norms = norm if self.norms is None else self.norms + norm
-        self.steps, self.rate, self.waited = self.steps + 1, rate, self.waited + wait
-        self.seconds += time.monotonic() - self.running
-
-    def read(self, task: Task, clock: Clock) -> dict[str, float]:
-        """Means per step since the last reading, over all ranks.  Collective."""
-        began = time.monotonic()
-        names = list(self.sums)
-        waiting = torch.tensor(self.waited / self.worker.world).double().to(self.worker.device)
-        vector = torch.stack([*(self.sums[name] for name in names), waiting])
-        if self.worker.world > 1:
-            dist.all_reduce(vector)
-        *values, waited = vector.tolist()  # waits for the device: so the time counts as training
-        assert self.norms is not None
-        seconds = self.seconds + time.monotonic() - began
-        images = self.steps * self.batch
-        clock.trained += max(seconds - waited, 0.0)
-        clock.waited += waited
-        only = len(task.engines) == 1
-        figures = {("loss" if only and n in task.engines else n): v / self.steps for n, v in zip(names, values)}
-        figures["gradient_norm"] = float(self.norms) / self.steps
-        figures["lr"] = self.rate
-        figures["images_per_second"] = images / max(seconds, 1e-9)
-        figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
-        self.reset()
-        return figures
-
-
-def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Record | None) -> None:
-    """Stop with the evidence; weights after this are worth nothing and are not saved."""
-    bad = [name for name, value in figures.items() if not math.isfinite(value)]
-    if bad:
-        last = checkpoint.latest(record.artifacts) if record else None
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        since = f"{last:,} images" if last else "the start"
-        raise CalotypeError(
-            f"{' and '.join(bad)} not finite at {images:,} images ({shown}): nothing was saved since {since}; "
-            "lower optim.lr, set optim.clip, or use engine.precision=bf16 or fp32"
-        )
-
-
-class Asked:
-    """Whether any rank was asked to stop.  The vote of one step is read at the next, so that nobody waits for it."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.group: Any = dist.new_group(backend="gloo") if worker.world > 1 else None
-        self.voting: Any = None
-
-    def to_stop(self) -> bool:
-        """The same answer on every rank.  Collective."""
-        if self.group is None:
-            return self.worker.stop()
-        agreed = False
-        if self.voting is not None:
-            self.voting.wait()
-            agreed = bool(self.vote.item() > 0)
-        self.vote = torch.tensor(float(self.worker.stop()))
-        self.voting = dist.all_reduce(self.vote, group=self.group, async_op=True)
-        return agreed
-
-
-def agree(worker: Worker, flag: bool) -> bool:
-    """Whether any rank says so.  Collective."""
-    if worker.world == 1:
-        return flag
-    vote = torch.tensor(float(flag), device=worker.device)
-    dist.all_reduce(vote)
-    return bool(vote.item() > 0)
 
 
 def digest_seed(seed: int, images: int, rank: int) -> int:

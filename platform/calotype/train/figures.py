@@ -1,0 +1,122 @@
+"""What the loop knows of itself: figures over all ranks, time that counts, who wants to stop, numbers that are none."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from calotype import runs
+from calotype.environment import Worker
+from calotype.errors import CalotypeError
+from calotype.train import checkpoint
+
+
+@dataclass
+class Clock:
+    """Seconds over all attempts of a run, without those whose steps were lost."""
+
+    trained: float = 0.0  # in steps, without waiting for data
+    waited: float = 0.0
+
+
+class Meter:
+    """Sums on the device, read with one collective."""
+
+    def __init__(self, worker: Worker, batch: int, engines: Collection[str]) -> None:
+        self.worker, self.batch = worker, batch
+        self.shown = dict.fromkeys(engines, "loss") if len(engines) == 1 else {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.norms: Tensor | None = None
+        self.steps, self.rate, self.waited = 0, 0.0, 0.0
+        self.seconds, self.running = 0.0, 0.0
+
+    def resume(self) -> None:
+        """Training goes on: time counts until the step has been given to the device."""
+        self.running = time.monotonic()
+
+    def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
+        for name, value in values.items():
+            part = (value.detach().double() * weight).sum() / self.batch
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    def step(self, norms: list[Tensor], rate: float, wait: float) -> None:
+        norm = torch.stack([norm.detach() for norm in norms]).max()
+        self.norms = norm if self.norms is None else self.norms + norm
+        self.steps, self.rate, self.waited = self.steps + 1, rate, self.waited + wait
+        self.seconds += time.monotonic() - self.running
+
+    def read(self, clock: Clock) -> dict[str, float]:
+        """Means per step since the last reading, over all ranks.  Collective."""
+        began = time.monotonic()
+        names = list(self.sums)
+        waiting = torch.tensor(self.waited / self.worker.world).double().to(self.worker.device)
+        vector = torch.stack([*(self.sums[name] for name in names), waiting])
+        if self.worker.world > 1:
+            dist.all_reduce(vector)
+        *values, waited = vector.tolist()  # waits for the device: so the time counts as training
+        assert self.norms is not None
+        seconds = self.seconds + time.monotonic() - began
+        images = self.steps * self.batch
+        clock.trained += max(seconds - waited, 0.0)
+        clock.waited += waited
+        figures = {self.shown.get(name, name): value / self.steps for name, value in zip(names, values, strict=True)}
+        figures["gradient_norm"] = float(self.norms) / self.steps
+        figures["lr"] = self.rate
+        figures["images_per_second"] = images / max(seconds, 1e-9)
+        figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
+        self.reset()
+        return figures
+
+
+def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Record | None) -> None:
+    """Stop with the evidence; weights after this are worth nothing and are not saved."""
+    bad = [name for name, value in figures.items() if not math.isfinite(value)]
+    if bad:
+        last = checkpoint.latest(record.artifacts) if record else None
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        since = f"{last:,} images" if last else "the start"
+        raise CalotypeError(
+            f"{' and '.join(bad)} not finite at {images:,} images ({shown}): nothing was saved since {since}; "
+            "lower optim.lr, set optim.clip, or use engine.precision=bf16 or fp32"
+        )
+
+
+class Asked:
+    """Whether any rank was asked to stop.  The vote of one step is read at the next, so that nobody waits for it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.group: Any = dist.new_group(backend="gloo") if worker.world > 1 else None
+        self.vote = torch.zeros(())
+        self.voting: Any = None
+
+    def to_stop(self) -> bool:
+        """The same answer on every rank.  Collective."""
+        if self.group is None:
+            return self.worker.stop()
+        agreed = False
+        if self.voting is not None:
+            self.voting.wait()
+            agreed = bool(self.vote.item() > 0)
+        self.vote = torch.tensor(float(self.worker.stop()))
+        self.voting = dist.all_reduce(self.vote, group=self.group, async_op=True)
+        return agreed
+
+
+def agree(worker: Worker, flag: bool) -> bool:
+    """Whether any rank says so.  Collective."""
+    if worker.world == 1:
+        return flag
+    vote = torch.tensor(float(flag), device=worker.device)
+    dist.all_reduce(vote)
+    return bool(vote.item() > 0)
