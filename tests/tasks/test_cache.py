@@ -168,7 +168,8 @@ def test_one_worker_or_three_and_any_order_make_the_same_bytes(tmp_path: Path, w
     run(configs[0], order=lambda units: units[::-1])
     units = task.plan(configs[1])
     context = get_context("forkserver")
-    context.set_forkserver_preload(["calotype.model.autoencoder", "calotype.model.conditioner", "diffusers"])
+    heavy = ["diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip", "calotype.model.conditioner"]
+    context.set_forkserver_preload([*heavy, "calotype.model.autoencoder", "transformers.models.auto"])
     with ProcessPoolExecutor(3, mp_context=context) as pool:
         parts = pool.map(encode_in_process, [configs[1]] * 3, [units[index::3] for index in range(3)])
         task.commit(configs[1], [made for part in parts for made in part])
