@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from calotype import compose as room
 from calotype.compose import as_data, build, identity
 from calotype.config import JOBS, MISSING, Condition, Job
@@ -45,19 +46,30 @@ PATHLESS = {"autoencoder=identity"}
 
 
 def options() -> list[tuple[str, str]]:
-    """(job, group=option) for every option of every group of every job; experiments with the job in their name."""
+    """(job, group=option) for every option of every group of every job; experiments with the job in their name.
+
+    The defaults of a job are what it composes with when told nothing: not here.
+    """
     found = []
     for job, schema in JOBS.items():
         groups = {item.name for item in dataclasses.fields(schema)} | {"debug", "experiment"}
+        defaults = defaults_of(job)
         for folder in sorted(path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name in groups):
             for path in sorted(folder.rglob("*.yaml")):
-                if folder.name != "experiment" or path.stem == job:
-                    found.append((job, f"{folder.name}={path.relative_to(folder).with_suffix('')}"))
+                option = f"{folder.name}={path.relative_to(folder).with_suffix('')}"
+                if option not in defaults and (folder.name != "experiment" or path.stem == job):
+                    found.append((job, option))
     return found
 
 
+def defaults_of(job: str) -> set[str]:
+    entries = yaml.safe_load((ROOT / "conf" / f"{job}.yaml").read_text())["defaults"]
+    return {f"{group}={option}" for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
+
+
 def test_every_conf_file_is_reached() -> None:
-    reached = {option.replace("=", "/") for _, option in options()} | set(JOBS) | {"hydra/calotype"}
+    reached = {option.replace("=", "/") for _, option in options()} | set(JOBS)
+    reached |= {option.replace("=", "/") for job in JOBS for option in defaults_of(job)}
     every = {str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml")}
     assert every - reached == set()
 
@@ -348,8 +360,6 @@ def job(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def test_cfg_job_prints_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
-    import yaml
-
     done = job("experiment=demo/train_denoiser", "optim.lr=0.25", "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
@@ -375,7 +385,6 @@ def test_shell_completion_knows_groups_options_and_settings(tmp_path: Path) -> N
 
     assert completed("denoiser=un") == {"denoiser=unet", "denoiser=unet_tiny"}
     assert "optim.lr=" in completed("optim.l")
-    assert "experiment=" in {word.rstrip("=/") + "=" for word in completed("exp")}
 
 
 def test_help_lists_groups_and_settings(tmp_path: Path) -> None:
