@@ -155,7 +155,8 @@ def _surviving(ask: Any) -> Any:
 
 def _reason(info: Any) -> str:
     """The last thing a failed job said."""
-    lines = [line.strip() for line in (info.get("message") or "").splitlines() if line.strip()]
+    lines = [console.RAY_PREFIX.sub("", line).strip() for line in (info.get("message") or "").splitlines()]
+    lines = [line for line in lines if line]
     said = [line.removeprefix("calotype: ") for line in lines if line.startswith("calotype: ")]
     return (said or lines or ["it left no message"])[-1]
 
