@@ -1,4 +1,7 @@
-"""One real stack (S3, MLflow, Ray) for the whole session, started when the first test asks for it."""
+"""One real stack (S3, MLflow, Ray) for the whole session, started when the first test asks for it.
+
+CALOTYPE_TEST_HOME=FOLDER keeps it up between sessions, in that folder (`CALOTYPE_HOME=FOLDER calotype down` ends it).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    home = Path(tempfile.mkdtemp(prefix="calotype test ")) / ".calotype"  # a space, on purpose
+    kept = os.environ.get("CALOTYPE_TEST_HOME")
+    home = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="calotype test ")) / ".calotype"  # a space, on purpose
     before = dict(os.environ)
     for service, names in SERVICES.items():
         for name in (*names, *FOREIGN.get(service, ())):
@@ -38,10 +42,11 @@ def stack() -> Iterator[Stack]:
         names = ["CALOTYPE_HOME", *(name for names in SERVICES.values() for name in names)]
         yield Stack(home, {name: os.environ[name] for name in names})
     finally:
-        local.down(home)
         os.environ.clear()
         os.environ.update(before)
-        shutil.rmtree(home.parent, ignore_errors=True)
+        if not kept:
+            local.down(home)
+            shutil.rmtree(home.parent, ignore_errors=True)
 
 
 @pytest.fixture
