@@ -11,9 +11,9 @@ from calotype.cli import job_main
 from calotype.cluster import spread
 from calotype.config import CacheLatents
 from calotype.console import Progress
-from calotype.runs import Record
+from calotype.runs import Record, makers
 from calotype.tasks import cache
-from calotype.track import Tracker
+from calotype.track import Dataset, Tracker
 
 resolve = cache.resolve
 
@@ -26,6 +26,8 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
             made.append(result)
             progress.update(len(made))
     figures = cache.commit(config, made)
+    data = Dataset(config.data.name, config.data.digest, f"{config.root}/datasets/{config.data.name}", "encoding")
+    tracker.inputs([data], makers(config.root, "train_autoencoder", config.autoencoder.path))
     grid, quality = cache.picture(config)
     tracker.picture("reconstructions", grid, 0)
     return figures | quality

@@ -12,13 +12,18 @@ from calotype.cluster import spread
 from calotype.config import TrainAutoencoder
 from calotype.runs import Record
 from calotype.tasks import autoencoder
-from calotype.track import Tracker
+from calotype.track import Dataset, Tracker
 
 resolve = autoencoder.resolve
 
 
 def run(config: TrainAutoencoder, record: Record, tracker: Tracker) -> dict[str, Any]:
-    return spread.train(autoencoder.train, config, record)
+    data = Dataset(config.data.name, config.data.digest, f"{config.root}/datasets/{config.data.name}")
+    tracker.inputs([data])
+    figures = spread.train(autoencoder.train, config, record)
+    if figures:
+        tracker.model("autoencoder", record.artifacts.at("autoencoder").uri, "autoencoder", int(figures["images"]))
+    return figures
 
 
 if __name__ == "__main__":

@@ -129,6 +129,11 @@ def every(root: str) -> Iterator[Record]:
             yield record
 
 
+def makers(root: str, job: str, uri: str) -> list[Record]:
+    """The runs of `job` in whose artifacts `uri` lies: at most one, for lineage."""
+    return [record for record in every(root) if record.job == job and uri.startswith(f"{record.artifacts.uri}/")]
+
+
 def begin(job: str, config: Any, create: Callable[[str], tuple[str, str]], discard: Callable[[str], None]) -> Record:
     """Open or create the run of this config and claim its next attempt.
 

@@ -294,11 +294,7 @@ def tell_inputs(tracker: track.Tracker, config: TrainDenoiser, manifest: Manifes
     """The cache, and the run that trained the autoencoder, where one of ours did."""
     root = open_store(config.root)
     name = cache.cache_id(cache.encoding_id(manifest.meta["encoding"]), config.data.digest)
-    used = [
-        record
-        for record in runs.every(config.root)
-        if record.job == "train_autoencoder" and record.artifacts.at("autoencoder").uri == config.autoencoder.path
-    ]
+    used = runs.makers(config.root, "train_autoencoder", config.autoencoder.path)
     tracker.inputs([track.Dataset(f"{config.data.name} latents", manifest.digest, root.at("caches", name).uri)], used)
 
 

@@ -231,7 +231,7 @@ def publish(
 ) -> None:
     """report/: grid.png (wrong ones outlined), report.json, report.md."""
     captions = [
-        f"{prompt}" if not wrong else f"{prompt} (is {seen})"
+        f"{prompt}" if not wrong else f"{prompt} (reads {seen})"
         for prompt, wrong, seen in zip(
             drawn.prompts,
             drawn.wrong or [False] * len(drawn.prompts),
