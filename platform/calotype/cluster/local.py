@@ -310,10 +310,13 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _made_of(service: str, command: list[str], extra: dict[str, str]) -> str:
-    """What a service was started with; if that changes (S3 moved to another port), it is started anew."""
+    """What a service was started with; if that changes (S3 moved to another port), it is started anew.
+
+    Not the interpreter: `python` and `python3` are the same one.
+    """
     speaks_to = list(SERVICES)[: list(SERVICES).index(service) + 1]  # MLflow to S3, Ray to both
     environment = {name: os.environ.get(name) for other in speaks_to for name in SERVICES[other]}
-    return hashlib.sha256(json.dumps([command, environment, extra], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([command[1:], environment, extra], sort_keys=True).encode()).hexdigest()
 
 
 def _find_ports(names: tuple[str, ...], used: set[int]) -> dict[str, int]:
