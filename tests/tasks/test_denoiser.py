@@ -79,7 +79,7 @@ def common(root: str) -> dict[str, Any]:
 
 
 def settings(root: str, **changes: Any) -> C.TrainDenoiser:
-    """Changes: kind, stage, precision, micro (engine); the rest are settings of `train`."""
+    """Changes: kind, stage, precision, micro_batch (engine); the rest are settings of `train`."""
     engine = {"kind": "torch", "stage": 0, "precision": "fp32", "micro_batch": 0}
     engine |= {key: changes.pop(key) for key in list(changes) if key in engine}
     train = {"images": BATCH * STEPS, "batch": BATCH, "window": 8, "log_every": 1, "validate_every": 0,
@@ -184,7 +184,7 @@ def done(root: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     found.spawn(
         3,
         [
-            {"name": "three", "micro": 2, "images": 60 * BATCH, **deepspeed[3]},
+            {"name": "three", "micro_batch": 2, "images": 60 * BATCH, **deepspeed[3]},
             {"name": "to0", "start": start, **short, **deepspeed[0]},
         ],
     )
@@ -311,7 +311,7 @@ def test_conditions_are_dropped_as_often_as_asked(root: str) -> None:
 
 
 def test_accumulation_does_not_change_losses(done: Runs, root: str) -> None:
-    done.spawn(1, [{"name": "micro", "micro": 3, "images": 10 * BATCH}])
+    done.spawn(1, [{"name": "micro", "micro_batch": 3, "images": 10 * BATCH}])
     assert close(done.losses("micro"), done.losses("torch"), range(1, 11)) < 1e-5
 
 
