@@ -123,7 +123,7 @@ def refused(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
     assert once(f"{config.name}/{worker.rank}"), "a final error was tried again"
     if worker.rank == 1:
         raise ConfigError("optim.lr is too high")
-    dist.barrier()  # would wait for half an hour
+    dist.barrier()  # would wait for half an hour, and Ray Train for its ranks
     return {}
 
 
@@ -131,7 +131,7 @@ def test_a_refusal_of_one_rank_ends_all_at_once(cluster: None, tmp_path: Path) -
     start = time.monotonic()
     with pytest.raises(ConfigError, match=r"^optim.lr is too high$"):
         spread.train(refused, config(str(tmp_path), workers=2), RECORD)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 150
 
 
 def stoppable(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _fit(payload: dict[str, Any], done: dict[str, Any]) -> None:
             run_config=run_config,
         )
         done["result"] = trainer.fit().return_value
-    except Exception as error:
+    except BaseException as error:  # also the SystemExit that ray.shutdown raises in here
         done["error"] = CalotypeError(f"training failed {RETRIES + 1} times, the last time with: {_last_line(error)}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,7 @@ def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
     except BaseException as error:
         if isinstance(error, (CalotypeError, *BUGS)):
             put(f"{key}:error", packed(error), overwrite=False)
+            time.sleep(60 * POLL)  # the driver ends us sooner, and says it better than Ray Train's traceback
         raise
 
 
