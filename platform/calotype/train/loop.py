@@ -243,9 +243,7 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
     try:
         yield drain()
     finally:
-        over.set()
-        if hasattr(source, "close"):
-            source.close()
+        over.set()  # the thread drops its iterator, which ends the reading behind it
         thread.join(10)
 
 
