@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import time
 import urllib.error
@@ -244,5 +245,6 @@ def _said(error: urllib.error.HTTPError) -> str:
     """A refusal in one sentence; Ray answers with tracebacks."""
     if error.code in (401, 403):
         return f"Ray at {os.environ.get('RAY_ADDRESS')} refuses the token ({error.code}): set RAY_AUTH_TOKEN to its own"
-    lines = [line.strip() for line in error.read().decode(errors="replace").splitlines() if line.strip()]
-    return f"Ray refused ({error.code}): {lines[-1] if lines else error.reason}"
+    lines = [line.strip() for line in error.read().decode(errors="replace").splitlines() if line.strip(" .")]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return f"Ray refused ({error.code}): {(raised or lines or [error.reason])[-1]}"
