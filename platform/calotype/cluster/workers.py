@@ -5,6 +5,7 @@ driver, which are small values in the cluster's key-value store.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import threading
@@ -64,6 +65,7 @@ def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _in_group(payload: dict[str, Any]) -> dict[str, Any] | None:
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray Train has every library speak at INFO
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
