@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +81,22 @@ def curve(args: argparse.Namespace, where: str, seed: int) -> Curve:
             *(f"train.images={images}", f"train.checkpoint_every={every}", f"name=paper-{where}-{seed}"),
         )
 
-    record = train(3 * batch, 3 * batch)  # how fast is it?  A longer run continues this one.
-    seconds = _trained(record, 3 * batch)
-    every = max(1, round(args.seconds / POINTS * 3 / seconds)) * batch
-    wanted = [every * number for number in range(1, POINTS + 1)]
-    record = train(wanted[-1], every)
-    points = [
-        Point(_trained(record, images), images, fid(args, record, images))
-        for images in checkpoint.committed(record.artifacts)
-        if images in wanted
-    ]
+    # How fast is it?  The first steps warm up; a longer run continues a shorter one.
+    record = train(2 * batch, batch)
+    warm = _trained(record, 2 * batch)
+    record = train(8 * batch, batch)
+    per_batch = (_trained(record, 8 * batch) - warm) / 6
+    every = max(8, round(args.seconds / POINTS / per_batch)) * batch
+    images = every * POINTS
+    record = train(images, every)
+    while _trained(record, images) < 0.98 * args.seconds:
+        images += every
+        record = train(images, every)
+    points = tuple(
+        Point(_trained(record, here), here, fid(args, record, here)) for here in range(every, images + 1, every)
+    )
     parameters = sum(weight.numel() for weight in sample.load_denoiser(record).denoiser.parameters())
-    return Curve(where, seed, parameters, tuple(points))
+    return Curve(where, seed, parameters, points)
 
 
 def _trained(record: runs.Record, images: int) -> float:
@@ -109,41 +114,48 @@ def fid(args: argparse.Namespace, record: runs.Record, images: int) -> float:
     return float(evaluate.distances(settings, model, data, load_dataset(data, model.settings.data.digest))["fid"])
 
 
+def fid_at(curve: Curve, seconds: float) -> float:
+    """FID after so much training: on the straight line of log FID between points, or of the nearest one outside."""
+    for before, after in pairwise(curve.points):
+        if before.seconds <= seconds <= after.seconds:
+            share = (seconds - before.seconds) / (after.seconds - before.seconds)
+            return math.exp((1 - share) * math.log(before.fid) + share * math.log(after.fid))
+    return min(curve.points, key=lambda point: abs(point.seconds - seconds)).fid
+
+
 def seconds_to(curve: Curve, fid: float) -> float:
-    """When the curve first reaches `fid`, between points on the straight line of log FID; infinite if it does not."""
-    before = None
-    for point in curve.points:
-        if point.fid <= fid:
-            if before is None:
-                return point.seconds
-            share = (math.log(before.fid) - math.log(fid)) / (math.log(before.fid) - math.log(point.fid))
-            return before.seconds + share * (point.seconds - before.seconds)
-        before = point
+    """When the curve first reaches `fid`, on the same line; infinite if it does not."""
+    if curve.points[0].fid <= fid:
+        return curve.points[0].seconds
+    for before, after in pairwise(curve.points):
+        if after.fid <= fid:
+            share = (math.log(before.fid) - math.log(fid)) / (math.log(before.fid) - math.log(after.fid))
+            return before.seconds + share * (after.seconds - before.seconds)
     return math.inf
 
 
-def table(curves: list[Curve], autoencoder_seconds: float) -> str:
+def table(curves: list[Curve], seconds: float, autoencoder_seconds: float) -> str:
     """Markdown: a row per run, then what follows from them."""
     lines = [
-        "| space | seed | parameters | images/s | seconds | images | FID | FID along the way |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| space | seed | parameters | images/s | images | FID after {seconds:.0f} s | measured |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     for each in curves:
         end = each.points[-1]
-        way = ", ".join(f"{point.fid:.3g} at {point.seconds:.0f} s" for point in each.points[:-1])
-        cells = [each.space, str(each.seed), f"{each.parameters:,}", f"{each.speed:.3g}", f"{end.seconds:.0f}"]
-        lines.append(f"| {' | '.join([*cells, f'{end.images:,}', f'{end.fid:.3g}', way])} |")
+        way = ", ".join(f"{point.fid:.3g} at {point.seconds:.0f} s" for point in each.points)
+        cells = [each.space, str(each.seed), f"{each.parameters:,}", f"{each.speed:.3g}"]
+        lines.append(f"| {' | '.join([*cells, f'{end.images:,}', f'{fid_at(each, seconds):.3g}', way])} |")
     pairs = [
         (latent, pixel)
         for latent in curves
         for pixel in curves
         if (latent.space, pixel.space) == SPACES and latent.seed == pixel.seed
     ]
-    faster = [pixel.points[-1].seconds / seconds_to(latent, pixel.points[-1].fid) for latent, pixel in pairs]
+    faster = [seconds / seconds_to(latent, fid_at(pixel, seconds)) for latent, pixel in pairs]
     rows = {
-        "FID after equal compute, latent space": [latent.points[-1].fid for latent, _ in pairs],
-        "FID after equal compute, pixel space": [pixel.points[-1].fid for _, pixel in pairs],
-        "compute to pixel space's last FID: pixel / latent": faster,
+        f"FID after {seconds:.0f} s of training, latent space": [fid_at(latent, seconds) for latent, _ in pairs],
+        f"FID after {seconds:.0f} s of training, pixel space": [fid_at(pixel, seconds) for _, pixel in pairs],
+        "compute to pixel space's FID: pixel / latent": faster,
         "images/s in training: latent / pixel": [latent.speed / pixel.speed for latent, pixel in pairs],
     }
     lines += ["", f"| over {len(pairs)} seeds | mean | standard deviation |", "|---|---:|---:|"]
@@ -152,7 +164,7 @@ def table(curves: list[Curve], autoencoder_seconds: float) -> str:
         lines.append(f"| {name} | {statistics.fmean(values):.3g} | {spread:.2g} |")
     note = f"The autoencoder took {autoencoder_seconds:.0f} s, once for all seeds; it is not in the seconds above."
     if 0.0 in faster:
-        note += "  0 means that latent space did not reach pixel space's FID."
+        note += "  A 0 means that latent space did not reach pixel space's FID."
     return "\n".join([*lines, "", note])
 
 
@@ -183,7 +195,7 @@ def main() -> None:
             curves.append(curve(args, name, seed))
             print(curves[-1], file=sys.stderr, flush=True)
     result: dict[str, Any] = autoencoder.result()
-    told = table(curves, float(result["seconds"]))
+    told = table(curves, args.seconds, float(result["seconds"]))
     print(told)
     if args.out:
         Path(args.out).write_text(told + "\n", encoding="utf-8")
