@@ -25,7 +25,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from calotype.cluster.services import PORTS, command, ensure_bucket, probe, values
+from calotype.cluster.services import PORTS, command, ensure_bucket, interpreter, probe, values
 from calotype.environment import FOREIGN, SERVICES, load_services, outside, read_credentials
 from calotype.environment import home as default_home
 from calotype.errors import CalotypeError
@@ -148,7 +147,7 @@ def _start(home: Path) -> None:
             continue
         _stop(home, service)
         # Jobs are started as `python ...`: the one that has Calotype's libraries.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        path = f"{Path(interpreter(state)).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment = {**os.environ, **extra, "PATH": path, MARK: f"{home}:{service}"}
         entry.update(pid=_spawn(home, service, words, folder, environment), made_of=made_of)
         _save(home, state)

@@ -123,7 +123,7 @@ def _ray(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, 
         "runtime-env-agent-port": "env_agent",
         "metrics-export-port": "metrics",
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command = [interpreter(state), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{option}={ports[name]}" for option, name in options.items()]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
     command += [f"--temp-dir={state['scratch']}", "--object-store-memory=500000000", "--log-color=false"]
@@ -134,12 +134,22 @@ def _ray(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, 
     extra = {
         "SPT_NOENV": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "180",  # a busy machine starts slowly; a dead raylet is noticed anyway
         "RAY_TMPDIR": state["scratch"],
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     extra |= {f"{name.upper()}_METRIC_PORT": str(ports[f"{name}_metrics"]) for name in ("dashboard", "autoscaler")}
     return command, home / "ray", extra
+
+
+def interpreter(state: dict[str, Any]) -> str:
+    """This Python by a path without spaces: Ray hands paths of its own files to shells and to LD_PRELOAD unquoted."""
+    executable = Path(sys.executable)
+    if not any(sign.isspace() for sign in str(executable)):
+        return sys.executable
+    link = Path(state["scratch"], "venv")
+    if not link.is_symlink():
+        link.symlink_to(executable.parents[1])
+    return str(link / executable.relative_to(executable.parents[1]))
 
 
 def _need(module: str, what: str) -> None:
