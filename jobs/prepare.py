@@ -14,7 +14,7 @@ from calotype.config import Prepare
 from calotype.console import Progress
 from calotype.runs import Record
 from calotype.tasks import prepare
-from calotype.track import Tracker
+from calotype.track import Dataset, Tracker
 
 resolve = prepare.resolve
 
@@ -27,6 +27,8 @@ def run(config: Prepare, record: Record, tracker: Tracker) -> dict[str, Any]:
             made.append(result)
             progress.update(len(made))
     figures = prepare.commit(config, made)
+    data = Dataset(config.data.name, figures["digest"], f"{config.root}/datasets/{config.data.name}", "prepared")
+    tracker.inputs([data])
     tracker.picture("samples", prepare.picture(config), 0)
     return figures
 

@@ -86,6 +86,7 @@ def show_result(record: runs.Record, result: dict[str, Any]) -> None:
 def _already_done(job: str, config: Any) -> bool:
     record = runs.done(job, config)
     if record is not None:
+        track.settle(record)
         print(f"{job} {config.name}: finished already, nothing to do (run {record.identity[:8]})")
         show_result(record, record.result())
     return record is not None

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from calotype import compose, console
+from calotype import compose, console, provenance
 from calotype.errors import CalotypeError
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -65,6 +65,7 @@ def environment(identifier: str) -> dict[str, str]:
     """
     return {
         "CALOTYPE_SUBMISSION": identifier,
+        "CALOTYPE_COMMIT": provenance.commit(),
         console.LINES: "lines",
         "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE),
         "RAY_DEDUP_LOGS": "0",
