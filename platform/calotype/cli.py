@@ -353,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(name: str, what: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=what, description=what)
-        made.set_defaults(run=run)
+        made.set_defaults(call=run)
         return made
 
     def root(made: argparse.ArgumentParser) -> None:
@@ -388,7 +388,7 @@ def main() -> None:
         if sys.argv[1:2] == ["submit"]:
             sys.exit(submit(sys.argv[2:]))
         args = parser().parse_args()
-        sys.exit(args.run(args))
+        sys.exit(args.call(args))
 
 
 if __name__ == "__main__":
