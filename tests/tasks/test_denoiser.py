@@ -26,7 +26,7 @@ from calotype.tasks import denoiser
 from calotype.train import checkpoint
 from PIL import Image
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 SPAWNED = Path(__file__).with_name("spawned.py")
 BATCH, STEPS, EDGE = 8, 200, 8
@@ -144,7 +144,7 @@ class Runs:
             for worker in workers:
                 if killing and worker is not workers[0]:
                     worker.kill()  # rank 0 is dead: a cluster would end the others
-                outs.append(worker.communicate(timeout=600)[0].decode())
+                outs.append(worker.communicate(timeout=1500)[0].decode())
         finally:
             for worker in workers:
                 worker.kill()
