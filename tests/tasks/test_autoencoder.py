@@ -240,4 +240,7 @@ def test_two_zero3_workers_measure_and_write_what_one_does(root: Path, tmp_path:
         AutoencoderKL.from_pretrained(place.removeprefix("file://"), low_cpu_mem_usage=False).state_dict()
         for place in (str(tmp_path / "artifacts" / "autoencoder"), record.artifacts.at("autoencoder").uri)
     )
-    assert all(torch.allclose(made[name], expected[name], atol=1e-4) for name in expected)
+    # As a whole, not one by one: Adam moves a weight whose gradient is rounding noise by lr, whichever way it points.
+    assert made.keys() == expected.keys()
+    flat = [torch.cat([state[name].flatten() for name in sorted(expected)]) for state in (made, expected)]
+    assert torch.linalg.vector_norm(flat[0] - flat[1]) < 1e-3 * torch.linalg.vector_norm(flat[1])
