@@ -10,7 +10,6 @@ and of every worker: an edited checkout runs its edits even where another Caloty
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import json
@@ -166,9 +165,11 @@ def _reason(info: Any) -> str:
 # ---------------------------------------------------------------------------------------------------- shipping code
 
 
-@functools.cache
 def upload() -> str:
-    """Put this Calotype's code where the cluster's nodes fetch it; its URI.  Named by content: sent once."""
+    """Put this Calotype's code where the cluster's nodes fetch it; its URI.
+
+    Named by content, so it is sent once; asked every time, because a head that was restarted has forgotten it.
+    """
     data = package()
     name = f"_ray_pkg_{hashlib.sha256(data).hexdigest()[:32]}.zip"
     try:
