@@ -213,7 +213,7 @@ class TrainAutoencoder(Job):
     autoencoder: Autoencoder = setting(Autoencoder, "")
     resolution: int = setting(32, "edge in pixels of the training images")
     kl_weight: float = setting(1e-6, "weight of the KL term")
-    l2_weight: float = setting(1.0, "weight of the squared error; the rest is absolute error")
+    l2_weight: float = setting(1.0, "weight of the squared error, which is added to the absolute error")
     optim: Optim = setting(Optim, "")
     train: Train = setting(Train, "")
     engine: Engine = setting(Engine, "")
