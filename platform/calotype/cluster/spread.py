@@ -35,6 +35,7 @@ from calotype.runs import Record
 Unit = TypeVar("Unit")
 Made = TypeVar("Made")
 
+ENDING = 60.0  # seconds that the other ranks have to end after a final error
 RETRIES = 5  # deaths of a worker that one unit, or one training, survives
 # Ray Train looks every 2 s by default; and parts of it that nothing here uses would each start a process.
 TRAIN_ENVIRONMENT = {
@@ -129,7 +130,6 @@ def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
     if config.cluster.kind == "local":
         with _stopped_by_signal() as asked:
             return body(config, worker_here(config.cluster, asked.is_set), record)
-    import ray
 
     _connect(config.cluster)
     _check_room(config.cluster)
@@ -144,7 +144,7 @@ def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
             if asked.is_set() and not get(f"{key}:stop"):
                 put(f"{key}:stop", b"1")
             if error := get(f"{key}:error"):
-                ray.shutdown()  # the other ranks may wait in a collective for the one that failed
+                fit.join(ENDING)  # ranks that wait for the failed one end themselves
                 raise unpacked(error)
     if "error" in done:
         raise done["error"]

@@ -9,7 +9,6 @@ import logging
 import os
 import pickle
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,12 +54,14 @@ def worker_here(cluster: Cluster, stop: Callable[[], bool] = lambda: False) -> W
 def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
     """One rank: join the process group, run the body, leave."""
     key = payload["key"]
+    if get(f"{key}:error"):
+        return None  # started again after a final error: the driver has it
     try:
         return _in_group(payload)
     except BaseException as error:
         if isinstance(error, (CalotypeError, *BUGS)):
             put(f"{key}:error", packed(error), overwrite=False)
-            time.sleep(60 * POLL)  # the driver ends us sooner, and says it better than Ray Train's traceback
+            return None  # the driver raises it, and says it better than Ray Train's traceback
         raise
 
 
@@ -99,14 +100,19 @@ def _in_group(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _stop_flag(key: str) -> Iterator[threading.Event]:
-    """An event that follows the cluster's flag, so that looking at it costs a step nothing."""
+    """An event that follows the cluster's flag, so that looking at it costs a step nothing.
+
+    A final error of another rank ends this process: it may wait in a collective for the one that failed.
+    """
     asked, over = threading.Event(), threading.Event()
 
     def look() -> None:
-        while not over.wait(POLL) and not asked.is_set():
+        while not over.wait(POLL):
             with contextlib.suppress(Exception):  # a head that is busy for a moment
                 if get(f"{key}:stop"):
                     asked.set()
+                if get(f"{key}:error") and not over.is_set():
+                    os._exit(1)
 
     thread = threading.Thread(target=look, name="stop", daemon=True)
     thread.start()
