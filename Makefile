@@ -1,7 +1,7 @@
 # Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
 # Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test lint bench-overhead bench-paper chaos clean
+.PHONY: help install demo up down test slow lint bench-overhead bench-paper chaos clean
 PY := .venv/bin/python
 
 help: ## this list
@@ -26,8 +26,11 @@ up: install ## start the embedded stack: S3, MLflow, Ray
 down: install ## stop it; what it stored stays
 	@$(PY) -m calotype down
 
-test: lint ## lint and every test that takes seconds
+test: lint ## lint and every test but those marked slow or chaos
 	@$(PY) -m pytest -m "not slow and not chaos"
+
+slow: install ## the tests that take minutes: engines compared over 200 steps
+	@$(PY) -m pytest -m slow
 
 chaos: install ## the tests that kill and cut
 	@$(PY) -m pytest -m chaos
