@@ -17,7 +17,7 @@ install: ## .venv with everything pinned; nothing to do if it is there and fits
 	done; \
 	echo "Calotype needs Python 3.11, 3.12 or 3.13 on the PATH: install one, then run make again." >&2; exit 1
 
-demo: install ## from nothing to pictures: about ten minutes on two cores
+demo: install ## from nothing to pictures
 	@$(PY) -m calotype demo
 
 up: install ## start the embedded stack: S3, MLflow, Ray
