@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,29 +15,34 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TINY_AUTOENCODER = [
-    "autoencoder=kl_f4_tiny",
-    "autoencoder.model.block_out_channels=[8,8,16]",
-    "++autoencoder.model.norm_num_groups=4",
-    "train.images=512",
-    "train.batch=32",
-    "train.log_every=32",
-    "train.checkpoint_every=256",
-]
-TINY_DENOISER = [
-    "denoiser=unet_tiny",
-    "denoiser.model.block_out_channels=[16,32]",
-    "denoiser.model.norm_num_groups=8",
-    "autoencoder.path=run:line",
-    "train.images=256",
-    "train.batch=32",
-    "train.log_every=32",
-    "train.validate_every=128",
-    "train.sample_every=256",
-    "train.checkpoint_every=128",
-    "prompts=[a seven]",
-    "sampler.steps=3",
-]
+README = (ROOT / "README.md").read_text()
+IMAGES = 600
+SMALLER = {  # what makes each command of the README a matter of seconds
+    "prepare": ["cluster.workers=2"],
+    "train_autoencoder": [
+        "autoencoder.model.block_out_channels=[8,8,16]",
+        "++autoencoder.model.norm_num_groups=4",
+        "train.images=256",
+        "train.batch=32",
+        "train.log_every=32",
+        "train.checkpoint_every=128",
+    ],
+    "cache_latents": ["cluster.workers=2"],
+    "train_denoiser": [
+        "denoiser.model.block_out_channels=[16,32]",
+        "denoiser.model.norm_num_groups=8",
+        "train.images=256",
+        "train.batch=32",
+        "train.log_every=32",
+        "train.validate_every=128",
+        "train.sample_every=256",
+        "train.checkpoint_every=128",
+        "prompts=[a seven]",
+        "sampler.steps=3",
+        "cluster.workers=2",
+    ],
+    "sample": ["sampler.steps=3"],
+}
 
 
 def calotype(*words: str, fails: bool = False, cwd: Path = ROOT, checkout: Path = ROOT) -> str:
@@ -47,22 +54,52 @@ def calotype(*words: str, fails: bool = False, cwd: Path = ROOT, checkout: Path 
     return done.stdout + done.stderr
 
 
+def written(section: str) -> list[list[str]]:
+    """The shell lines of a section of the README, as words."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [
+        shlex.split(line, comments=True)
+        for block in text.split("```sh\n")[1:]
+        for line in block.split("```")[0].splitlines()
+    ]
+
+
 @pytest.fixture(scope="module")
-def root(stack: Any) -> str:
-    """A root of its own in which the whole line ran once, two workers wherever work is spread."""
-    root = f"s3://calotype/test-{os.urandom(4).hex()}"
-    with_root = [f"root={root}", "name=line", "track.experiment=test"]
-    calotype("submit", "prepare", *with_root, "cluster.workers=2")
-    calotype("submit", "train_autoencoder", *with_root, *TINY_AUTOENCODER)
-    calotype("submit", "cache_latents", *with_root, "autoencoder.path=run:line", "cluster.workers=2")
-    calotype("submit", "train_denoiser", *with_root, *TINY_DENOISER, "engine=zero1", "cluster.workers=2")
-    calotype("submit", "sample", *with_root, "run=run:line", "prompts=[a seven]", "sampler.steps=3")
-    return root
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images with captions, as users have them: real digits, 64 pixels wide."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("my pictures")
+    digits = load_digits()
+    for index, (picture, label) in enumerate(zip(digits.images[:IMAGES], digits.target, strict=False)):
+        Image.fromarray((picture * 15).astype("uint8")).resize((64, 64)).save(folder / f"{index:04d}.png")
+        (folder / f"{index:04d}.txt").write_text(f"a picture of a {label}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def line(stack: Any, pictures: Path) -> dict[str, list[str]]:
+    """Job -> its words: the commands of the README's "Your own images", small, in a root of their own; all were run."""
+    settings = [f"root=s3://calotype/test-{os.urandom(4).hex()}", "track.experiment=test"]
+    words = {}
+    for program, verb, job, *overrides in written("Your own images"):
+        assert (program, verb) == ("calotype", "submit")
+        overrides = [word.replace("/pictures/mine", str(pictures)) for word in overrides]
+        words[job] = [verb, job, *overrides, *settings, *SMALLER[job]]
+        calotype(*words[job])
+    assert list(words) == list(SMALLER)
+    return words
+
+
+@pytest.fixture(scope="module")
+def root(line: dict[str, list[str]]) -> str:
+    return line["sample"][-3].removeprefix("root=")
 
 
 @pytest.fixture(scope="module")
 def shown(root: str) -> dict[str, Any]:
-    return dict(json.loads(calotype("runs", "show", "line", "--json", "--root", root)))
+    return dict(json.loads(calotype("runs", "show", "mine", "--json", "--root", root)))
 
 
 def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
@@ -73,8 +110,8 @@ def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
     assert shown["validation_loss"] > 0
 
 
-def test_what_is_finished_is_not_submitted_again(root: str) -> None:
-    out = calotype("submit", "train_denoiser", f"root={root}", "name=line", *TINY_DENOISER, "engine=zero3")
+def test_what_is_finished_is_not_submitted_again(line: dict[str, list[str]]) -> None:
+    out = calotype(*line["train_denoiser"], "engine=zero3")
     assert "finished already" in out
     assert "submitted" not in out.replace("submitted/", "")
 
@@ -86,7 +123,7 @@ def test_mlflow_shows_curves_lineage_and_checkpoints(root: str, shown: dict[str,
     runs = {run["job"]: client.get_run(run["mlflow_run_id"]) for run in shown["runs"]}
     run = runs["train_denoiser"]
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "line"
+    assert run.info.run_name == "mine"
     loss = client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in loss] == list(range(32, 257, 32))
     assert {"lr", "gradient_norm", "images_per_second", "data_wait_percent", "goodput"} <= set(run.data.metrics)
@@ -107,7 +144,7 @@ def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
         f"root={root}",
         "name=swept",
         "track.experiment=test",
-        "run=run:line",
+        "run=run:mine",
         "prompts=[a one]",
         "sampler.steps=1,2",
     )
@@ -166,11 +203,31 @@ def test_webdataset_alone_reads_what_was_written(root: str, tmp_path: Path) -> N
                 client.download_file(bucket, entry["Key"], str(tmp_path / "shard.tar"))
                 for sample in wds.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False).decode():
                     assert sample["__key__"]
-                    assert "png" in sample or sample["latent.npy"].shape == (2, 4, 8, 8)
+                    assert "png" in sample or sample["latent.npy"].shape == (2, 4, 16, 16)
                     count[kind] += 1
-    assert count == {"datasets": 1797, "latents": 1797}
+    assert count == {"datasets": IMAGES, "latents": IMAGES}
 
 
 def test_export_makes_a_pipeline(root: str, tmp_path: Path) -> None:
-    calotype("export", "run:line", str(tmp_path / "out"), "--root", root)
+    calotype("export", "run:mine", str(tmp_path / "out"), "--root", root)
     assert (tmp_path / "out" / "model_index.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- the README
+
+
+def test_targets_of_make_that_the_readme_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {words[1] for words in written("Two commands")} <= targets
+    assert set(re.findall(r"`make ([a-z-]+)`", README)) <= targets
+
+
+def test_a_gpu_is_a_setting() -> None:
+    for _, *words in written("A GPU"):
+        assert "gpus: 1" in calotype(*words, "--cfg", "job")
+
+
+@pytest.mark.parametrize("verb", ["up", "status", "down", "submit", "ps", "logs", "cancel", "runs", "export"])
+def test_verbs_that_the_readme_names_teach(verb: str) -> None:
+    assert f"`calotype {verb}" in README or f", `{verb}" in README
+    assert f"usage: calotype {verb}" in calotype(verb, "--help")
