@@ -27,9 +27,9 @@ down: install ## stop it; what it stored stays
 	@$(PY) -m calotype down
 
 test: lint ## lint and every test but those marked slow or chaos
-	@$(PY) -m pytest -m "not slow and not chaos"
+	@$(PY) -m pytest --durations=15 -m "not slow and not chaos"
 
-slow: install ## the tests that take minutes: engines compared over 200 steps
+slow: install ## the tests that take minutes: the demo, whole
 	@$(PY) -m pytest -m slow
 
 chaos: install ## the tests that kill and cut

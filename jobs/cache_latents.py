@@ -25,12 +25,12 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
         for _, result in spread.map(cache.make, config, units):
             made.append(result)
             progress.update(len(made))
+            if result.grid is not None:
+                tracker.picture("reconstructions", result.grid, 0)
     figures = cache.commit(config, made)
     data = Dataset(config.data.name, config.data.digest, f"{config.root}/datasets/{config.data.name}", "encoding")
     tracker.inputs([data], makers(config.root, "train_autoencoder", config.autoencoder.path))
-    grid, quality = cache.picture(config)
-    tracker.picture("reconstructions", grid, 0)
-    return figures | quality
+    return figures
 
 
 if __name__ == "__main__":

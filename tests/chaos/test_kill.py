@@ -46,6 +46,15 @@ def start(*words: str) -> subprocess.Popen[str]:
     )
 
 
+def submission(process: subprocess.Popen[str]) -> str:
+    """The id that it was given."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("submitted "):
+            return line.split()[1]
+    raise AssertionError("it ended without submitting anything")
+
+
 def calotype(*words: str, fails: bool = False) -> str:
     process = start(*words)
     out, _ = process.communicate(timeout=600)
@@ -150,11 +159,9 @@ def test_a_killed_job_resumes_at_another_size_and_stage(prepared: list[str], gol
 def test_cancel_keeps_a_checkpoint_and_the_same_command_goes_on(prepared: list[str], golden: Any) -> None:
     settings = [*prepared, *TRAIN, "name=cancelled", "ema.halflife=3000", "engine=torch", "cluster.cpus=2"]
     process = start("submit", "train_denoiser", *settings)
+    identifier = submission(process)
     wait_for_checkpoint(prepared, "cancelled", process)
-    (submission,) = set(re.findall(r"train_denoiser-[0-9a-f]{8}-\S+", calotype("ps").split("RUNNING")[0][-400:])) or {
-        ""
-    }
-    calotype("cancel", submission)
+    calotype("cancel", identifier)
     process.communicate(timeout=120)
     assert process.returncode != 0
     before = images_seen(prepared, "cancelled")

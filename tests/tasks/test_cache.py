@@ -258,7 +258,7 @@ def test_a_new_dataset_version_costs_only_its_new_shards(config: CacheLatents) -
     shards.publish_dataset(store, replace(old, shards=(*old.shards[:2], moved, extra)))
     newer = task.resolve(replace(config, data=Data(name="toy")))
     assert newer.data.digest != config.data.digest
-    assert task.plan(newer) == [extra]
+    assert task.plan(newer) == [task_shards(newer)[0], extra]  # the one that is shown, and the new one
     figures = run(newer)
     assert (figures["samples"], figures["samples_encoded"]) == (25, 3)
     assert cache.load_cache(open_store(config.root), newer).shards[2].split == "train"
@@ -268,7 +268,7 @@ def test_a_new_dataset_version_costs_only_its_new_shards(config: CacheLatents) -
 def test_pixel_space_stores_the_pixels(tmp_path: Path, weights: str) -> None:
     dataset(tmp_path)
     config = config_of(tmp_path, weights, autoencoder=Autoencoder(kind="identity", f=1, channels=3))
-    run(config)
+    figures = run(config)
     made = next(shards.iterate(latents_of(config), cache.load_cache(open_store(config.root), config).shards))
     latent = cache.decode_sample(made, ())["latent"]
     original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), task_shards(config)))
@@ -276,7 +276,7 @@ def test_pixel_space_stores_the_pixels(tmp_path: Path, weights: str) -> None:
     assert np.array_equal(
         np.round((latent[0].astype(np.float32) + 1) * 127.5), encode.decoded([original], config)[0].pixels
     )
-    assert task.picture(config)[1]["psnr_sample"] > 60
+    assert figures["psnr_sample"] > 60
 
 
 def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
@@ -284,13 +284,15 @@ def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
 
 
 def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents) -> None:
-    run(config)
-    grid, figures = task.picture(config)
+    encode_shard = task.make(config, Worker())
+    made = [encode_shard(unit) for unit in task.plan(config)]
+    (grid,) = [found.grid for found in made if found.grid is not None]
     assert grid.size == (8 * 16, 2 * 16)  # five held-out images and their reconstructions
     held_out = [s for s in task_shards(config) if s.split == "held_out"]
     original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), held_out))
     assert np.array_equal(np.asarray(grid)[:16, :16], encode.decoded([original], config)[0].pixels.transpose(1, 2, 0))
-    assert 0 < figures["psnr_sample"] < 60
+    assert 0 < task.commit(config, made)["psnr_sample"] < 60
+    assert encode_shard(held_out[0]).grid == grid  # also of a shard that was there
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -158,8 +158,17 @@ def _fit(payload: dict[str, Any], done: dict[str, Any]) -> None:
     """Ray Train's side of `train`, in a thread: it would take over Ctrl-C in the main one."""
     for name, text in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(name, text)
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class Lean(DataParallelTrainer):
+        """Without two actors, seconds each: one for Ray Data, one that cleans up in drivers that outlive their job."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+            return [made for made in super()._create_default_callbacks() if not isinstance(made, unused)]
 
     cluster: Cluster = payload["config"].cluster
     scratch = tempfile.mkdtemp(prefix="calotype-train-")
@@ -171,7 +180,7 @@ def _fit(payload: dict[str, Any], done: dict[str, Any]) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
         )
         # Not TorchTrainer: it has the driver and the controller import torch, seconds before any worker starts.
-        trainer: Any = DataParallelTrainer(
+        trainer: Any = Lean(
             run_rank,
             train_loop_config=payload,
             backend_config=_shared_devices(),

@@ -1,6 +1,6 @@
 """Every image of a dataset, encoded once: one latent shard per source shard, then the cache's manifest.
 
-    resolve -> plan -> make (on workers, per source shard) -> commit -> picture
+    resolve -> plan -> make (on workers, per source shard) -> commit
 
 What a shard's bytes are depends on the shard and the encoding alone; a shard that is there is never made again.
 """
@@ -37,18 +37,24 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MADE = "calotype.made/1"
+SHOWN = 16  # images whose reconstructions are drawn
 READERS = 16  # sidecars read at once when a cache is committed
 
 
 @dataclass(frozen=True)
 class Made:
-    """One latent shard.  `images` is 0 where it was there already."""
+    """One latent shard.  `images` is 0 where it was there already.
+
+    Of the shard that is shown, `grid` is the picture of `reconstructions`, and `psnr` (dB) says how good they are.
+    """
 
     shard: Shard
     statistics: cache.Statistics
     device: str
     images: int = 0
     seconds: float = 0.0
+    grid: Image.Image | None = None
+    psnr: float = 0.0
 
 
 # ------------------------------------------------------------------------------------------------ on submit
@@ -96,13 +102,21 @@ def _check_source(name: str, condition: Condition, dataset: Manifest) -> None:
 
 
 def plan(config: CacheLatents) -> list[Shard]:
-    """The source shards, of both splits, whose latents are not there yet; none when the cache is finished."""
+    """The source shards, of both splits, whose latents are not there yet, and the one that is shown.
+
+    None when the cache is finished.
+    """
     root = open_store(config.root)
     if cache.find_cache(root, config) is not None:
         return []
     dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
     done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards))
-    return [shard for shard in dataset.shards if shard not in done]
+    return [shard for shard in dataset.shards if shard not in done or shard == shown(dataset)]
+
+
+def shown(dataset: Manifest) -> Shard:
+    """The source shard of which a few reconstructions are drawn: held out, where there is such a one."""
+    return next((shard for shard in dataset.shards if shard.split != "train"), dataset.shards[0])
 
 
 # ----------------------------------------------------------------------------------------------- on workers
@@ -121,6 +135,15 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
         if condition.source == "text":
             conditioner.inputs(condition, [""], worker.device)  # loads it once, before threads ask for it
 
+    seen = shown(shards.load_dataset(source, config.data.digest))
+
+    def made(unit: Shard) -> Made:
+        found = encode_shard(unit)
+        if unit != seen:
+            return found
+        grid, psnr = reconstructions(model, (source, unit), (latents, found.shard), config, worker.device)
+        return replace(found, grid=grid, psnr=psnr)
+
     def encode_shard(unit: Shard) -> Made:
         key = cache.latent_key(unit)
         if (there := shards.existing_shard(latents, key)) is not None:
@@ -136,7 +159,27 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
         made_on = _remember(latents, shard, figures, worker.device)
         return Made(shard, figures, made_on, len(samples), time.monotonic() - start)
 
-    return encode_shard
+    return made
+
+
+def reconstructions(
+    model: Any, original: tuple[Store, Shard], cached: tuple[Store, Shard], config: CacheLatents, device: str
+) -> tuple[Image.Image, float]:
+    """A few originals, each beside what the decoder makes of its stored latent, and their PSNR in dB: what a denoiser
+    will be able to draw.
+    """
+    import torch
+
+    from calotype.model import metrics
+
+    (source, unit), (latents, shard) = original, cached
+    pictures = encode.decoded(list(islice(shards.iterate(source, [unit]), SHOWN)), config)
+    stored = [cache.decode_sample(s, ())["latent"][0] for s in islice(shards.iterate(latents, [shard]), SHOWN)]
+    raw = torch.from_numpy(np.stack(stored).astype(np.float32)).to(device)
+    made = model.decode(raw).clamp(-1, 1).cpu()
+    real = images.signed(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
+    grid = metrics.grid(torch.stack([real, made], 1).flatten(0, 1), columns=8)
+    return grid, float(metrics.psnr(made, real).mean())
 
 
 def _check_unchanged(config: CacheLatents, model: Any) -> None:
@@ -242,6 +285,8 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
         "bytes": sum(total["bytes"] for total in totals),
         "captions_cut": manifest.meta["captions_cut"],
     }
+    if drawn := [made.psnr for made in results if made.grid is not None]:
+        figures["psnr_sample"] = round(drawn[0], 2)
     if encoded:
         figures["images_per_second"] = round(encoded / busy * min(config.cluster.workers, len(results)), 1)
     return figures
@@ -281,31 +326,6 @@ def _manifest(dataset: Manifest, latents: Store, encoding: Mapping[str, Any], re
         "devices": sorted({found.device for found in in_order}),
     }
     return Manifest(shards.CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
-
-
-def picture(config: CacheLatents, count: int = 16) -> tuple[Image.Image, dict[str, float]]:
-    """Originals | reconstructions from the finished cache, and their PSNR: what the denoiser will be able to draw.
-
-    Held-out images where there are any.
-    """
-    import torch
-
-    from calotype.model import metrics
-    from calotype.model.autoencoder import load_autoencoder
-
-    root, source = open_store(config.root), _dataset_store(config)
-    manifest = cache.load_cache(root, config)
-    dataset = shards.load_dataset(source, config.data.digest)
-    pairs = list(zip(dataset.shards, manifest.shards, strict=True))
-    original, cached = next((pair for pair in pairs if pair[0].split != "train"), pairs[0])
-    latents = root.at("latents", manifest_encoding(manifest))
-    pictures = encode.decoded(list(islice(shards.iterate(source, [original]), count)), config)
-    stored = [cache.decode_sample(s, ())["latent"][0] for s in islice(shards.iterate(latents, [cached]), count)]
-    raw = torch.from_numpy(np.stack(stored).astype(np.float32))
-    made = load_autoencoder(config.autoencoder).eval().decode(raw).clamp(-1, 1)
-    real = images.signed(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
-    grid = metrics.grid(torch.stack([real, made], 1).flatten(0, 1), columns=8)
-    return grid, {"psnr_sample": round(float(metrics.psnr(made, real).mean()), 2)}
 
 
 def _dataset_store(config: CacheLatents) -> Store:
