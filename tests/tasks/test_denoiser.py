@@ -201,24 +201,20 @@ def close(mine: dict[int, float], theirs: dict[int, float], steps: range) -> flo
     return max(abs(mine[images] - theirs[images]) / abs(theirs[images]) for images in wanted)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_losses_agree_over_200_steps(done: Runs, stage: int) -> None:
     assert close(done.losses(f"zero{stage}"), done.losses("torch"), range(1, STEPS + 1)) < 1e-5
 
 
-@pytest.mark.slow
 def test_losses_agree_when_workers_do_not_divide_the_batch(done: Runs) -> None:
     assert close(done.losses("three"), done.losses("torch"), range(1, 61)) < 1e-5
 
 
-@pytest.mark.slow
 def test_training_learns(done: Runs) -> None:
     losses = list(done.losses("torch").values())
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["to3", "to0", "to1", "totorch"])
 def test_resume_at_another_stage_and_world_leaves_no_scar(done: Runs, name: str) -> None:
     """From (2 workers, ZeRO 2): the very next loss, and those after."""
@@ -227,7 +223,6 @@ def test_resume_at_another_stage_and_world_leaves_no_scar(done: Runs, name: str)
     assert close(done.losses(name), done.losses("torch"), range(half + 1, half + 11)) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
     mine, theirs = (
@@ -241,7 +236,6 @@ def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_validation_and_pictures_agree(done: Runs, stage: int) -> None:
     losses = done.losses(f"zero{stage}", "validation_loss")
@@ -250,7 +244,6 @@ def test_validation_and_pictures_agree(done: Runs, stage: int) -> None:
     assert len(list(done.artifacts(f"zero{stage}").rglob("*.png"))) >= 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_bf16_trains_on_fp32_weights(done: Runs, stage: int) -> None:
     mine, exact = done.losses(f"bf16-{stage}"), done.losses("torch")
@@ -260,7 +253,6 @@ def test_bf16_trains_on_fp32_weights(done: Runs, stage: int) -> None:
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values())
 
 
-@pytest.mark.slow
 def test_kill_in_the_middle_then_another_world_and_stage(done: Runs) -> None:
     at = {"checkpoint_every": 5 * BATCH, "images": 20 * BATCH}
     done.spawn(2, [{"name": "killed", "kind": "deepspeed", "stage": 1, "kill_at": 13 * BATCH, **at}])
@@ -272,7 +264,6 @@ def test_kill_in_the_middle_then_another_world_and_stage(done: Runs) -> None:
     assert done.figures("killed")["images"] == 20 * BATCH
 
 
-@pytest.mark.slow
 def test_a_finished_run_does_nothing(done: Runs, root: str) -> None:
     at = {"images": 20 * BATCH, "checkpoint_every": 5 * BATCH}
     from calotype.runs import Record
@@ -319,7 +310,6 @@ def test_conditions_are_dropped_as_often_as_asked(root: str) -> None:
     assert not (kept["cond.text"] == empty["text"]).all(1).any()
 
 
-@pytest.mark.slow
 def test_accumulation_does_not_change_losses(done: Runs, root: str) -> None:
     done.spawn(1, [{"name": "micro", "micro_batch": 3, "images": 10 * BATCH}])
     assert close(done.losses("micro"), done.losses("torch"), range(1, 11)) < 1e-5

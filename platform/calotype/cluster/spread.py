@@ -37,7 +37,8 @@ Made = TypeVar("Made")
 
 ENDING = 60.0  # seconds that the other ranks have to end after a final error
 RETRIES = 5  # deaths of a worker that one unit, or one training, survives
-# Ray Train looks at its workers every 2 s by default (every 0.1 s would cost two slow cores a tenth of a step); and parts of it that nothing here uses would each start a process.
+# Ray Train looks at its workers every 2 s by default (every 0.1 s would be felt in the step time of two slow cores);
+# and parts of it that nothing here uses would each start a process.
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
