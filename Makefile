@@ -42,6 +42,7 @@ lint: install ## ruff and mypy --strict
 
 bench-overhead: install ## step and start times against bare PyTorch and bare Ray Train
 	@$(PY) tests/bench/overhead.py
+	@$(PY) tests/bench/start.py
 
 bench-paper: install ## latent against pixel space at equal compute, three seeds
 	@$(PY) tests/bench/paper.py

@@ -22,7 +22,7 @@ def run(config: TrainAutoencoder, record: Record, tracker: Tracker) -> dict[str,
     tracker.inputs([data])
     figures = spread.train(autoencoder.train, config, record)
     if figures:
-        tracker.model("autoencoder", record.artifacts.at("autoencoder").uri, "autoencoder", int(figures["images"]))
+        tracker.model("autoencoder", autoencoder.published(record).uri, "autoencoder", int(figures["images"]))
     return figures
 
 

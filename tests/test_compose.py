@@ -160,6 +160,8 @@ REFUSED = [
     ("denoiser.model._target_=diffusersx.evil", "denoiser.model._target_='diffusersx.evil' is not allowed"),
     ("+denoiser.model._partial_=true", "denoiser.model._partial_ is not used here"),
     ("+conditions.text.encoder.config._args_=[1]", "conditions.text.encoder.config._args_ is not used here"),
+    ("name=cats/v2", "name='cats/v2'"),
+    ("name=..", "name='..'"),
     ("cluster=local cluster.workers=2", "cluster.workers=2 with cluster=local"),
 ]
 

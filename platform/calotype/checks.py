@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -97,6 +98,8 @@ def check(config: Any) -> None:
             )
         for name, condition in config.conditions.items():
             _check_condition(name, condition)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,99}", config.name):
+        raise ConfigError(f"name={config.name!r} becomes part of file names: use letters, digits, _ . and -, up to 100")
     if isinstance(config, TrainDenoiser):
         check_denoiser(config)
     if hasattr(config, "train"):

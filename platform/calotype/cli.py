@@ -86,6 +86,7 @@ def show_result(record: runs.Record, result: dict[str, Any]) -> None:
 def _already_done(job: str, config: Any) -> bool:
     record = runs.done(job, config)
     if record is not None:
+        runs.call(record, config.name)
         track.settle(record)
         print(f"{job} {config.name}: finished already, nothing to do (run {record.identity[:8]})")
         show_result(record, record.result())
@@ -228,7 +229,8 @@ example: calotype submit train_denoiser autoencoder.path=run:mine denoiser=unet_
 
 def show_runs(args: argparse.Namespace) -> int:
     """`calotype runs [show NAME] [--json]`."""
-    found = [r for r in runs.every(args.root) if args.name in ("", r.name, f"run:{r.name}", r.identity, r.identity[:8])]
+    named = runs.called(args.root, args.name.removeprefix("run:")) if args.name else set()
+    found = [r for r in runs.every(args.root) if r.identity in named or args.name in ("", r.identity, r.identity[:8])]
     found.sort(key=lambda record: record.created)
     if args.name and not found:
         raise CalotypeError(f"no run named {args.name!r} under {args.root}: `calotype runs` lists them")

@@ -111,7 +111,21 @@ def validated(job: str, node: Any) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(one_sentence(error, shipped("conf"))) from None
     check(config)
-    return config
+    return anchored(config)
+
+
+def anchored(config: Any) -> Any:
+    """Folders that were named from where the user stands, as paths that mean the same in every process."""
+    changes: dict[str, Any] = {"root": _absolute(config.root)}
+    if hasattr(config, "autoencoder") and Path(config.autoencoder.path).is_dir():
+        changes["autoencoder"] = dataclasses.replace(
+            config.autoencoder, path=config.autoencoder.path and _absolute(config.autoencoder.path)
+        )
+    return dataclasses.replace(config, **changes)
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).expanduser().absolute())
 
 
 def explained(job: str) -> str:

@@ -42,7 +42,7 @@ def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str
         rows.append(_step(step, root, submit, headline))
     folder = home() / "demo"
     start = time.monotonic()
-    rows.append(["export", str(folder / "export"), *_export(root, folder, start)])
+    rows.append(["export", *_export(root, folder, start)])
     rows.append(["all", "", _took(began), ""])
     console.table("demo", ["step", "what it made", "seconds", "figures"], rows)
     record = runs.find(root, "train_denoiser", "run:demo")
@@ -68,15 +68,16 @@ def _step(step: str, root: str, submit: Submit, headline: Callable[[dict[str, An
     return [step, record.artifact_root, _took(start), headline(record.result())]
 
 
-def _export(root: str, folder: Path, start: float) -> tuple[str, str]:
+def _export(root: str, folder: Path, start: float) -> tuple[str, str, str]:
     from calotype.tasks.export import export_run
 
+    out = folder / f"export-{runs.find(root, 'train_denoiser', 'run:demo').identity[:8]}"
     sampled: Any = runs.find(root, "sample", "run:demo")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "samples.png").write_bytes(open_store(sampled.artifact_root).read("samples/grid.png"))
-    if not (folder / "export" / "model_index.json").exists():
-        export_run(root, "run:demo", folder / "export")
-    return _took(start), "diffusers.StableDiffusionPipeline.from_pretrained(...)"
+    if not (out / "model_index.json").exists():
+        export_run(root, "run:demo", out)
+    return str(out), _took(start), "diffusers.StableDiffusionPipeline.from_pretrained(...)"
 
 
 def _took(start: float) -> str:

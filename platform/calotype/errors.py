@@ -11,5 +11,9 @@ class ConfigError(CalotypeError, ValueError):
     """A setting that cannot be; raised before anything starts."""
 
 
+class Unreachable(CalotypeError):
+    """A store that does not answer, after all patience: another attempt may find it back."""
+
+
 class DataError(CalotypeError):
     """Stored bytes that are not what their manifest says, or input that cannot be used."""

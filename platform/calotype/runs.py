@@ -108,8 +108,8 @@ def find(root: str, job: str, reference: str) -> Record:
     if re.fullmatch(r"[0-9a-f]{32}", name) and (record := load(root, name)):
         return record
     newest: Record | None = None
-    for entry in reversed(list(open_store(root).at("names", job, name).list())):
-        record = load(root, entry.key.rsplit("-", 1)[1])
+    for entry in reversed(_named(root, job, name)):
+        record = load(root, entry)
         if record is not None and record.store.exists("result.json"):
             return record
         newest = newest or record
@@ -120,6 +120,24 @@ def find(root: str, job: str, reference: str) -> Record:
             f"run it first with `calotype submit {job} name={name}`"
         )
     return newest
+
+
+def call(record: Record, name: str) -> None:
+    """Let `run:NAME` find this run; one run may have several names."""
+    if record.identity not in _named(record.root, record.job, name):
+        entry = f"{int(record.created * 1000):014d}-{record.identity}"
+        open_store(record.root).at("names", record.job, name).publish(entry, b"")
+
+
+def called(root: str, name: str) -> set[str]:
+    """Identities of the runs of all jobs that have this name."""
+    return {run for job in open_store(root).folders("names") for run in _named(root, job, name)}
+
+
+def _named(root: str, job: str, name: str) -> list[str]:
+    """Identities of the runs of that name, oldest first."""
+    entries = open_store(root).at("names", job, name).list()
+    return [entry.key.rsplit("-", 1)[1] for entry in entries if "/" not in entry.key]
 
 
 def every(root: str) -> Iterator[Record]:
@@ -164,9 +182,7 @@ def begin(job: str, config: Any, create: Callable[[str], tuple[str, str]], disca
             discard(run_id)
             record = load(config.root, run)
             assert record is not None
-    names = open_store(config.root).at("names", job, config.name)
-    if not any(entry.key.endswith(run) for entry in names.list()):
-        names.publish(f"{int(record.created * 1000):014d}-{run}", b"")
+    call(record, config.name)
     attempt = last_attempt(store)
     if attempt and (who := alive(record, attempt)):
         raise CalotypeError(

@@ -1,7 +1,4 @@
-"""Where a run is seen: metrics, pictures and lineage in MLflow, or nowhere.
-
-Nothing here holds up a step: all goes through an outbox or a thread, and MLflow (slow to import) is loaded there.
-"""
+"""Where a run is seen: metrics, pictures and lineage in MLflow, or nowhere; nothing here holds up a step."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -148,11 +146,13 @@ def close_parent(run_id: str, status: str) -> None:
 
 
 def page(run_id: str) -> str:
-    """Where a browser finds the run; empty without MLflow."""
-    if not run_id or not os.environ.get("MLFLOW_TRACKING_URI"):
-        return ""
-    experiment = _client().get_run(run_id).info.experiment_id
-    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    """Where a browser finds the run; empty without MLflow, or while it does not answer."""
+    address = re.sub(r"//[^/@]*@", "//", os.environ.get("MLFLOW_TRACKING_URI", ""))  # no password in a log
+    with contextlib.suppress(Exception):  # a finished job stays finished
+        if run_id and address:
+            experiment = _client().get_run(run_id).info.experiment_id
+            return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------ trackers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def test_big_states_are_split_over_files(store: Store, monkeypatch: pytest.Monke
     checkpoint.save(store, 640, tensors(), {})
     assert sum("net.ema" in entry.key for entry in store.list()) == 2
     assert set(checkpoint.weights(store, 640, "net")) == {"a.weight", "b-1.weight"}
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/{victim}", ".hidden"])
+def test_a_commit_that_names_other_files_touches_none(store: Store, tmp_path: Path, name: str) -> None:
+    checkpoint.save(store, 640, tensors(), {})
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    commit = json.loads(store.read("checkpoints/000000000640/COMMIT.json"))
+    commit["files"][name.format(victim=victim)] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    store.write("checkpoints/000000000640/COMMIT.json", json.dumps(commit).encode())
+    with pytest.raises(DataError, match="outside its folder"), checkpoint.opened(store, 640):
+        pass
+    assert victim.read_text() == "precious"
 
 
 def test_one_without_commit_is_never_selected(store: Store) -> None:

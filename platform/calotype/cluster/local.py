@@ -279,7 +279,8 @@ def _alive(home: Path, service: str, pid: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)  # also one that Hydra made: what S3 and MLflow keep there is nobody else's
     with (home / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

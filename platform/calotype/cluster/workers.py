@@ -15,7 +15,7 @@ from typing import Any
 
 from calotype.config import Cluster, Job
 from calotype.environment import Worker
-from calotype.errors import CalotypeError
+from calotype.errors import CalotypeError, Unreachable
 from calotype.runs import Record
 
 Body = Callable[[Any, Worker, Record], dict[str, Any]]
@@ -59,7 +59,7 @@ def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
     try:
         return _in_group(payload)
     except BaseException as error:
-        if isinstance(error, (CalotypeError, *BUGS)):
+        if isinstance(error, (CalotypeError, *BUGS)) and not isinstance(error, Unreachable):
             put(f"{key}:error", packed(error), overwrite=False)
             return None  # the driver raises it, and says it better than Ray Train's traceback
         raise

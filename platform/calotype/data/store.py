@@ -24,7 +24,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from calotype.data.files import PART, Entry, FolderStore, Missing, Names, Store, checked
-from calotype.errors import CalotypeError, ConfigError
+from calotype.errors import CalotypeError, ConfigError, Unreachable
 
 __all__ = ["Entry", "FolderStore", "Missing", "S3Store", "Store", "open_store"]
 
@@ -63,17 +63,18 @@ _BROKEN_BODY = (
 )
 
 
-def _client(attempts: int = 9) -> Any:
+def _client(attempts: int = 8) -> Any:
     """One client per process and account: sockets do not survive a fork, and clients are slow to make.
 
-    Nine attempts ride out about half a minute without the server.
+    Eight attempts ride out about a minute without the server.  Not botocore's `standard` mode: all requests of a client
+    share its quota of retries, which a few parallel readers use up in a fraction of a second.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     account = (attempts, os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_PROFILE"))
     with _clients_lock:  # making a client is not thread-safe, using one is
         if account not in _clients:
             config = Config(
-                retries={"mode": "standard", "total_max_attempts": attempts},
+                retries={"mode": "legacy", "total_max_attempts": attempts},
                 connect_timeout=5,
                 read_timeout=60,
                 max_pool_connections=CONNECTIONS,
@@ -109,7 +110,7 @@ def _explained(uri: str) -> Iterator[None]:
     except botocore.exceptions.NoCredentialsError as error:
         raise CalotypeError(f"no S3 credentials for {uri}: run `calotype up` or set AWS_ACCESS_KEY_ID") from error
     except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
-        raise CalotypeError(f"{uri} cannot be reached ({error}): check AWS_ENDPOINT_URL_S3 and the server") from error
+        raise Unreachable(f"{uri} cannot be reached ({error}): check AWS_ENDPOINT_URL_S3 and the server") from error
 
 
 def _opened(data: bytes | Path) -> BinaryIO:

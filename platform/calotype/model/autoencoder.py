@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from calotype import config
-from calotype.errors import ConfigError
+from calotype.errors import ConfigError, DataError
 from calotype.model.build import instantiate
-from calotype.model.digests import autoencoder_shape
+from calotype.model.digests import autoencoder_shape, encoder_digest
 from calotype.model.folders import opened, weight_files
 
 
@@ -124,6 +124,9 @@ def load_autoencoder(autoencoder: config.Autoencoder) -> Autoencoder:
         model = AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
+    if autoencoder.digest and (found := encoder_digest(model.state_dict(), model.config)) != autoencoder.digest:
+        raise DataError(f"autoencoder.path={autoencoder.path} changed after this job was submitted (encoder "
+                        f"{found[:12]}, not {autoencoder.digest[:12]}): submit it again")  # fmt: skip
     return Autoencoder(_kl(model, autoencoder).eval(), f, channels)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-NAME = "autoencoder"  # of the engine, and of the folder among the run's artifacts
+NAME = "autoencoder"  # of the engine, and of the folder among the run's artifacts that has one folder per length
 KEPT = 2**30  # bytes of decoded images that a worker keeps
 HELD_OUT = 1024  # held-out images that are measured
 SHOWN = 32  # images in a grid
@@ -91,7 +91,7 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
         figures.update(held_out.validate(engine))
     states, _ = engine.states()
     if worker.rank == 0:
-        figures["encoder_digest"] = _publish(states["weights"], config, record)
+        figures["encoder_digest"] = _publish(states["weights"], config, record, figures["images"])
     return figures
 
 
@@ -228,7 +228,12 @@ def _decoder(config: TrainAutoencoder) -> Callable[[Sample], Pixels]:
     return decode
 
 
-def _publish(weights: Mapping[str, Tensor], config: TrainAutoencoder, record: Record) -> str:
+def published(record: Record) -> Store:
+    """The diffusers folder that a finished run made last."""
+    return record.artifacts.at(NAME, max(record.artifacts.folders(NAME)))
+
+
+def _publish(weights: Mapping[str, Tensor], config: TrainAutoencoder, record: Record, images: int) -> str:
     """Write the diffusers folder among the run's artifacts; the digest of its encoder half."""
     from calotype.model.autoencoder import load_autoencoder
     from calotype.model.digests import encoder_digest
@@ -241,7 +246,8 @@ def _publish(weights: Mapping[str, Tensor], config: TrainAutoencoder, record: Re
     with tempfile.TemporaryDirectory(prefix="calotype-") as folder:
         assert model.model is not None
         model.model.save_pretrained(folder, safe_serialization=True)
-        record.artifacts.upload(Path(folder), NAME)
+        # A longer run has a folder of its own: what was made with this one keeps its decoder.
+        record.artifacts.upload(Path(folder), f"{NAME}/{images:012d}")
         return encoder_digest(folder)
 
 

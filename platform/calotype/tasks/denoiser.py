@@ -106,10 +106,13 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     diffusion = Diffusion(config.diffusion)
     batch, options = config.train.batch, {"lanes": config.train.lanes, "window": config.train.window}
     micro = loop.micro_batch(config, worker.world)
+    resumes = record is not None and checkpoint.latest(record.artifacts) is not None
+    bare = replace(config, denoiser=replace(config.denoiser, init_from=""))  # what it began from may be gone by now
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # every worker starts from the same weights
-        model = build_denoiser(config, cache.shape_of(manifest.meta["encoding"]))
-    start_from_run(config, model)
+        model = build_denoiser(bare if resumes else config, cache.shape_of(manifest.meta["encoding"]))
+    if not resumes:
+        start_from_run(config, model)
     steps = loop.accumulation(micro, batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))

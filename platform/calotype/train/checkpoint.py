@@ -193,6 +193,8 @@ def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
                         f"{', '.join(map(str, committed(store))) or 'none'})") from None  # fmt: skip
     except ValueError:
         raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint") from None
+    if any("/" in key or key.startswith(".") for key in commit.get("files", ())):  # they become files here
+        raise DataError(f"{where}/{COMMIT} names files outside its folder: choose another checkpoint")
     if commit.get("format") != FORMAT:
         raise CalotypeError(
             f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT}: use a newer one"
