@@ -29,7 +29,8 @@ down: install ## stop it; what it stored stays
 test: lint ## lint and every test but those marked slow or chaos
 	@$(PY) -m pytest --durations=15 -m "not slow and not chaos"
 
-slow: install ## the tests that take minutes: the demo, whole
+slow: install ## what takes minutes: engines compared over 200 steps, the demo, whole
+	@CALOTYPE_TEST_STEPS=200 $(PY) -m pytest tests/tasks/test_denoiser.py
 	@$(PY) -m pytest -m slow
 
 chaos: install ## the tests that kill and cut

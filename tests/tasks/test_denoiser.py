@@ -29,7 +29,8 @@ from PIL import Image
 pytestmark = pytest.mark.timeout(2400)
 
 SPAWNED = Path(__file__).with_name("spawned.py")
-BATCH, STEPS, EDGE = 8, 200, 8
+BATCH, EDGE = 8, 8
+STEPS = int(os.environ.get("CALOTYPE_TEST_STEPS", "40"))  # `make slow` takes 200
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def done(root: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     found.spawn(
         3,
         [
-            {"name": "three", "micro_batch": 2, "images": 60 * BATCH, **deepspeed[3]},
+            {"name": "three", "micro_batch": 2, "images": min(60, STEPS) * BATCH, **deepspeed[3]},
             {"name": "to0", "start": start, **short, **deepspeed[0]},
         ],
     )
@@ -202,14 +203,15 @@ def close(mine: dict[int, float], theirs: dict[int, float], steps: range) -> flo
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_losses_agree_over_200_steps(done: Runs, stage: int) -> None:
+def test_losses_agree_with_those_of_one_process(done: Runs, stage: int) -> None:
     assert close(done.losses(f"zero{stage}"), done.losses("torch"), range(1, STEPS + 1)) < 1e-5
 
 
 def test_losses_agree_when_workers_do_not_divide_the_batch(done: Runs) -> None:
-    assert close(done.losses("three"), done.losses("torch"), range(1, 61)) < 1e-5
+    assert close(done.losses("three"), done.losses("torch"), range(1, min(60, STEPS) + 1)) < 1e-5
 
 
+@pytest.mark.skipif(STEPS < 200, reason="too few steps: make slow takes enough")
 def test_training_learns(done: Runs) -> None:
     losses = list(done.losses("torch").values())
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
