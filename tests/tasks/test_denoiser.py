@@ -234,8 +234,11 @@ def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
     assert mine.keys() == theirs.keys()
     raw = checkpoint.weights(open_store(str(done.artifacts("torch"))), BATCH * STEPS, "denoiser", ema=False)
     assert max(float((theirs[name] - raw[name]).abs().max()) for name in raw) > 1e-3  # it is an average
-    for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5)
+    # As a whole, not one by one: Adam moves a weight whose gradient is rounding noise by lr, whichever way it points.
+    flat = [torch.cat([state[name].flatten() for name in sorted(theirs)]) for state in (mine, theirs, raw)]
+    off, drift = (float(torch.linalg.vector_norm(one - flat[1])) for one in (flat[0], flat[2]))
+    assert off < 1e-3 * float(torch.linalg.vector_norm(flat[1]))
+    assert off < 0.1 * drift  # far nearer to its twin than to the weights that it averages
 
 
 @pytest.mark.parametrize("stage", range(4))
