@@ -22,7 +22,8 @@ def run(config: TrainAutoencoder, record: Record, tracker: Tracker) -> dict[str,
     tracker.inputs([data])
     figures = spread.train(autoencoder.train, config, record)
     if figures:
-        tracker.model("autoencoder", autoencoder.published(record).uri, "autoencoder", int(figures["images"]))
+        images = int(figures["images"])
+        tracker.model("autoencoder", autoencoder.published(record, images).uri, "autoencoder", images)
     return figures
 
 

@@ -117,10 +117,8 @@ def validated(job: str, node: Any) -> Any:
 def anchored(config: Any) -> Any:
     """Folders that were named from where the user stands, as paths that mean the same in every process."""
     changes: dict[str, Any] = {"root": _absolute(config.root)}
-    if hasattr(config, "autoencoder") and Path(config.autoencoder.path).is_dir():
-        changes["autoencoder"] = dataclasses.replace(
-            config.autoencoder, path=config.autoencoder.path and _absolute(config.autoencoder.path)
-        )
+    if hasattr(config, "autoencoder") and (path := config.autoencoder.path) and Path(path).is_dir():
+        changes["autoencoder"] = dataclasses.replace(config.autoencoder, path=_absolute(path))
     return dataclasses.replace(config, **changes)
 
 

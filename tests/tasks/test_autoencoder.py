@@ -98,7 +98,7 @@ def test_the_folder_is_diffusers_own_and_as_good_as_it_says(
     finished: tuple[TrainAutoencoder, dict[str, Any], runs.Record], root: Path
 ) -> None:
     _, result, record = finished
-    folder = task.published(record).uri.removeprefix("file://")
+    folder = task.published(record, result["images"]).uri.removeprefix("file://")
     model = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     assert digests.encoder_digest(folder) == result["encoder_digest"]
     store = open_store(str(root)).at("datasets", "toy")
@@ -238,7 +238,10 @@ def test_two_zero3_workers_measure_and_write_what_one_does(root: Path, tmp_path:
         assert result[name] == pytest.approx(alone[name], rel=1e-4), name
     made, expected = (
         AutoencoderKL.from_pretrained(place.removeprefix("file://"), low_cpu_mem_usage=False).state_dict()
-        for place in (str(next((tmp_path / "artifacts" / "autoencoder").iterdir())), task.published(record).uri)
+        for place in (
+            str(next((tmp_path / "artifacts" / "autoencoder").iterdir())),
+            task.published(record, result["images"]).uri,
+        )
     )
     # As a whole, not one by one: Adam moves a weight whose gradient is rounding noise by lr, whichever way it points.
     assert made.keys() == expected.keys()

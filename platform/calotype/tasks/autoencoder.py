@@ -228,9 +228,9 @@ def _decoder(config: TrainAutoencoder) -> Callable[[Sample], Pixels]:
     return decode
 
 
-def published(record: Record) -> Store:
-    """The diffusers folder that a finished run made last."""
-    return record.artifacts.at(NAME, max(record.artifacts.folders(NAME)))
+def published(record: Record, images: int) -> Store:
+    """The diffusers folder of a run of that length; whole once the run's result says so many images."""
+    return record.artifacts.at(NAME, f"{images:012d}")
 
 
 def _publish(weights: Mapping[str, Tensor], config: TrainAutoencoder, record: Record, images: int) -> str:
@@ -247,7 +247,7 @@ def _publish(weights: Mapping[str, Tensor], config: TrainAutoencoder, record: Re
         assert model.model is not None
         model.model.save_pretrained(folder, safe_serialization=True)
         # A longer run has a folder of its own: what was made with this one keeps its decoder.
-        record.artifacts.upload(Path(folder), f"{NAME}/{images:012d}")
+        published(record, images).upload(Path(folder))
         return encoder_digest(folder)
 
 

@@ -88,7 +88,7 @@ def resolve_autoencoder(autoencoder: Autoencoder, root: str, resolution: int) ->
             raise ConfigError(
                 f"autoencoder.path={path} is {record.status()}, not finished: run train_autoencoder again"
             )
-        path = published(record).uri
+        path = published(record, record.result()["images"]).uri
     f, channels = digests.autoencoder_shape(path)
     if resolution % f:
         raise ConfigError(f"encoding.resolution={resolution} is not a multiple of {f}, the autoencoder's factor")
