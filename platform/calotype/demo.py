@@ -13,7 +13,8 @@ from calotype.data.store import open_store
 from calotype.environment import home, load_services
 from calotype.errors import CalotypeError
 
-STEPS = ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample", "evaluate")
+# One after the other; those of one line at the same time, for they need nothing of each other.
+STEPS = (("prepare",), ("train_autoencoder",), ("cache_latents",), ("train_denoiser",), ("sample", "evaluate"))
 
 
 Submit = Callable[[str, Any], str | None]  # (job, checked config) -> submission, or None when it is finished already
@@ -38,8 +39,10 @@ def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str
     local.up(home())
     load_services()
     rows.append(["up", f"{home()}", _took(began), "S3, MLflow and Ray on this machine"])
-    for step in STEPS:
-        rows.append(_step(step, root, submit, headline))
+    for steps in STEPS:
+        start = time.monotonic()
+        submitted = {step: _submit(step, root, submit) for step in steps}
+        rows += [[step, *_result(step, root, submitted[step], start, headline)] for step in steps]
     folder = home() / "demo"
     start = time.monotonic()
     rows.append(["export", *_export(root, folder, start)])
@@ -56,16 +59,20 @@ def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str
     return 0
 
 
-def _step(step: str, root: str, submit: Submit, headline: Callable[[dict[str, Any]], str]) -> list[str]:
-    start = time.monotonic()
+def _submit(step: str, root: str, submit: Submit) -> str | None:
     print(f"\n== {step}", flush=True)
-    config = compose.compose(step, [f"experiment=demo/{step}", f"root={root}"])
-    if submitted := submit(step, config):
+    return submit(step, compose.compose(step, [f"experiment=demo/{step}", f"root={root}"]))
+
+
+def _result(
+    step: str, root: str, submitted: str | None, start: float, headline: Callable[[dict[str, Any]], str]
+) -> tuple[str, str, str]:
+    if submitted:
         jobs.follow(submitted)
         if message := jobs.wait(submitted):
             raise CalotypeError(message)
     record = runs.find(root, step, "run:demo")
-    return [step, record.artifact_root, _took(start), headline(record.result())]
+    return record.artifact_root, _took(start), headline(record.result())
 
 
 def _export(root: str, folder: Path, start: float) -> tuple[str, str, str]:

@@ -361,6 +361,14 @@ def import_deepspeed(worker: Worker) -> Any:
             "engine.kind=deepspeed but DeepSpeed is not installed: "
             "pip install 'calotype[deepspeed]' or set engine=torch"
         ) from error
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # a decorator in there would load the whole compiler: seconds of each start
+    try:
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)  # DeepSpeed's calls
     # Its shared-memory collectives are compiled on first use: half a minute, and a compiler that may not be there.
