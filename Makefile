@@ -26,8 +26,9 @@ up: install ## start the embedded stack: S3, MLflow, Ray
 down: install ## stop it; what it stored stays
 	@$(PY) -m calotype down
 
+# Two processes, each with a stack of its own; a file's tests share fixtures, so they stay together, in this order.
 test: lint ## lint and every test but those marked slow or chaos
-	@$(PY) -m pytest --durations=15 -m "not slow and not chaos"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not chaos"
 
 slow: install ## what takes minutes: engines compared over 200 steps, the demo, whole
 	@CALOTYPE_TEST_STEPS=200 $(PY) -m pytest tests/tasks/test_denoiser.py
