@@ -65,7 +65,7 @@ def execute(job: str, config: Any, run: Run) -> dict[str, Any]:
     record = runs.begin(job, config, lambda identity: track.create_run(config, job, identity), track.discard_run)
     with runs.attempt_of(record) as publish, track.open_run(config, record) as tracker:
         result = run(config, record, tracker)
-        if finished := bool(result) and not result.pop("stopped", False):
+        if finished := bool(result):
             result["seconds"] = round(time.monotonic() - start, 1)
             publish(result)
             tracker.figures(result)

@@ -37,6 +37,7 @@ Ints = npt.NDArray[np.int64]
 READERS = 16  # parallel range GETs of one rank
 SPARE = 256 * 2**20  # bytes of finished chunks kept for the next epoch: a small data set is downloaded once
 WINDOWS = 4096  # permutations of windows kept
+AHEAD = 4  # batches whose chunks are asked for before they are needed
 
 
 class Purpose(IntEnum):
@@ -47,7 +48,6 @@ class Purpose(IntEnum):
     DROP = 3
     POSTERIOR = 4
     FLIP = 5
-    CROP = 6
     CHUNKS = 101
     WINDOW = 102
 
@@ -245,11 +245,10 @@ class Stream(Iterable[Batch]):
         rank: int = 0,
         world: int = 1,
         position: int = 0,
-        ahead: int = 4,
     ) -> None:
         counts = [shard.chunk_counts() for shard in shards]
         self.order = Order([n for each in counts for n in each], seed, batch, lanes, window)
-        self.batch, self.slots, self.ahead = batch, slots(rank, world, batch), ahead
+        self.batch, self.slots = batch, slots(rank, world, batch)
         self._store, self._shards = store, tuple(shards)
         self._firsts = np.cumsum([0, *(len(each) for each in counts)])  # first chunk of every shard
         self._tables: dict[int, Future[tuple[Ints, tuple[str, ...]]]] = {}
@@ -291,14 +290,14 @@ class Stream(Iterable[Batch]):
             stop.set()
 
     def _read(self, position: int, ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
-        """Ask for the chunks of the next `ahead` batches, then hand out the first, over and over."""
+        """Ask for the chunks of the next AHEAD batches, then hand out the first, over and over."""
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="chunk")
         planned: deque[tuple[int, Ints, Ints, Ints]] = deque()
         held = _Chunks(self.order, self.slots, lambda chunk: pool.submit(self._fetch, chunk))
         step = position // self.batch
         try:
             while not stop.is_set():
-                while len(planned) < max(self.ahead, 1):
+                while len(planned) < AHEAD:
                     positions = step * self.batch + np.arange(self.slots.start, self.slots.stop, dtype=np.int64)
                     chunks, indices = self.order.locate(positions)
                     held.request(positions, chunks)

@@ -35,9 +35,7 @@ class Denoiser(nn.Module):
         return made.float()
 
 
-def build_denoiser(
-    settings: config.TrainDenoiser, latent_shape: tuple[int, int, int], cross_dim: int | None = None
-) -> Denoiser:
+def build_denoiser(settings: config.TrainDenoiser, latent_shape: tuple[int, int, int]) -> Denoiser:
     """The denoiser of a config, on the CPU, in float32; weights come from `denoiser.init_from` where that is a folder.
 
     Sizes that are left out of `denoiser.model` follow from the latents and the conditions.  Without a condition of
@@ -46,7 +44,6 @@ def build_denoiser(
     Args:
         settings: the job's config (only `denoiser` and `conditions` are read).
         latent_shape: (C, h, w).
-        cross_dim: width of the cached embeddings, to be checked against the text encoder's; None if not known.
 
     Raises:
         ConfigError: sizes that contradict each other, or a class that is not a UNet2DConditionModel.
@@ -57,9 +54,6 @@ def build_denoiser(
     if not issubclass(target(str(spec.get("_target_", ""))), UNet2DConditionModel):
         raise ConfigError(f"denoiser.model._target_={spec['_target_']}: only diffusers.UNet2DConditionModel is trained")
     conditioner = Conditioner(settings.conditions)
-    if cross_dim is not None and conditioner.cross_dim != cross_dim:
-        raise ConfigError(f"the cached text is {cross_dim} wide but the text encoder gives {conditioner.cross_dim}: "
-                          "cache with the encoder that conditions.*.path names")  # fmt: skip
     for key, value in _sizes(spec, latent_shape, conditioner).items():
         if spec.get(key) is not None and spec[key] != value:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,12 +225,6 @@ def digit_network() -> DigitNetwork:
                 optimizer.step()
         network.scale.fill_(network.body(x).square().mean().sqrt().item())  # KID's kernel is cubic: keep it near 1
     return network.eval().requires_grad_(False)
-
-
-def right(images: Tensor, wanted: Iterable[int], recognise: Callable[[Tensor], Any] | None = None) -> float:
-    """Share of images that show the wanted digit."""
-    seen = (recognise or recogniser())(images)
-    return float(np.mean(np.asarray(seen) == np.asarray(list(wanted))))
 
 
 def _unit(images: Tensor) -> Tensor:
