@@ -70,6 +70,12 @@ class Outbox:
             self._actions.append(action)
             self._changed.notify_all()
 
+    def ask_again(self) -> None:
+        """Learn anew what the server holds before anything is sent: other processes tell it about the run too."""
+        with self._changed:
+            self._start = None
+            self._changed.notify_all()
+
     def pending(self) -> list[Point]:
         """Points that the server has not confirmed."""
         with self._changed:

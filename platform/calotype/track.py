@@ -55,7 +55,7 @@ class Tracker:
         """One point per metric at step = images seen."""
 
     def figures(self, result: Mapping[str, Any]) -> None:
-        """The numbers that the run ends with, as result/NAME; the run counts as finished."""
+        """The numbers that the run ends with, but for the last points of its curves; the run counts as finished."""
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
@@ -201,7 +201,8 @@ class MlflowTracker(Tracker):
         self._outbox.put([(key, float(value), int(images), now) for key, value in metrics.items()])
 
     def figures(self, result: Mapping[str, Any]) -> None:
-        numbers = {f"result/{key}": value for key, value in result.items() if isinstance(value, int | float)}
+        numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+        self._outbox.ask_again()  # the workers' curves end with the same figures at the same step
         self.log(numbers, int(result.get("images", 0)))
         self.finished = True
 
