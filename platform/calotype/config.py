@@ -78,7 +78,9 @@ class Condition:
     source: str = setting("text", "text | label: what of a sample it is made from")
     drop: float = setting(0.1, "probability of replacing it by the empty condition (classifier-free guidance)")
     mode: str = setting("tokens", "text: tokens (encoder trained jointly) | full (frozen encoder, cached, padded)")
-    tokenizer: str = setting("small", "text: small (ships with Calotype) or a transformers folder or hub id")
+    tokenizer: str = setting(
+        "small", "text: small (ships with Calotype) or a transformers folder or hub id", identity=False
+    )
     length: int = setting(32, "text: tokens, padded")
     classes: int = setting(0, "label: number of classes")
     encoder: dict[str, Any] = setting({}, "text: `_target_` and config of the transformers text model (mode=tokens)")
@@ -276,7 +278,7 @@ class Evaluate(Job):
         "feature extractor of FID and KID: digits (a small classifier trained on the real "
         "ones) or the path of a TorchScript Inception",
     )
-    pixel_run: str = setting("", "run of the same UNet in pixel space to compare speeds with", identity=False)
+    pixel_run: str = setting("", "run of the same UNet in pixel space to compare speeds with")
 
 
 JOBS: dict[str, type[Job]] = {

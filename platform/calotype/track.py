@@ -201,9 +201,8 @@ class MlflowTracker(Tracker):
         self._outbox.put([(key, float(value), int(images), now) for key, value in metrics.items()])
 
     def figures(self, result: Mapping[str, Any]) -> None:
-        numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
         self._outbox.ask_again()  # the workers' curves end with the same figures at the same step
-        self.log(numbers, int(result.get("images", 0)))
+        self.log({k: v for k, v in result.items() if isinstance(v, int | float)}, int(result.get("images", 0)))
         self.finished = True
 
     def tags(self, tags: Mapping[str, str]) -> None:
