@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from calotype import runs
-from calotype.compose import as_data
+from calotype.compose import as_data, build
 from calotype.config import Autoencoder, Cluster, Data, Engine, Optim, Track, Train, TrainAutoencoder
 from calotype.data import shards, stream
 from calotype.data.shards import Manifest, Sample
@@ -206,34 +203,31 @@ def test_resolve_names_the_data_set_by_its_digest(root: Path) -> None:
         config_of(root, data=Data(name="empty"))
 
 
-RANK = """
-import json, sys, torch, torch.distributed as dist
-from calotype import compose, config, runs, environment
-from calotype.tasks import autoencoder
-plan, rank = json.loads(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + plan["store"], rank=rank, world_size=2)
-made = compose.build(config.TrainAutoencoder, plan["config"])
-worker = environment.Worker(rank=rank, world=2, local_rank=rank)
-result = autoencoder.train(made, worker, runs.Record(**plan["record"]))
-if rank == 0:
-    print(json.dumps(result))
-"""
+def work(plan: dict[str, Any], rank: int) -> None:
+    """One of two workers, in a process of its own."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{plan['store']}", rank=rank, world_size=2)
+    result = task.train(build(TrainAutoencoder, plan["config"]), Worker(rank, 2, rank), runs.Record(**plan["record"]))
+    if rank == 0:
+        Path(plan["out"]).write_text(json.dumps(result))
 
 
-def test_two_zero3_workers_measure_and_write_what_one_does(root: Path, tmp_path: Path) -> None:
+def test_two_zero3_workers_measure_and_write_what_one_does(root: Path, tmp_path: Path, warm: Any) -> None:
     settings = Train(images=48, batch=8, validate_every=24, sample_every=24, checkpoint_every=48)
     alone, record = trained(config_of(root, seed=5, train=settings))
     engine = Engine(kind="deepspeed", stage=3)
     config = config_of(root, seed=5, train=settings, engine=engine, cluster=Cluster(workers=2))
-    plan = {"store": str(tmp_path / "meet"), "config": as_data(config)}
+    plan: dict[str, Any] = {"store": str(tmp_path / "meet"), "config": as_data(config)}
     plan["record"] = asdict(replace(record, attempt=0, artifact_root=str(tmp_path / "artifacts")))
-    command = [sys.executable, "-c", RANK, json.dumps(plan)]
-    env = {**os.environ, "PYTHONPATH": str(Path(task.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([*command, str(rank)], env=env, stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    out = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    result = json.loads(out[0].strip().splitlines()[-1])
+    plan["out"] = str(tmp_path / "result.json")
+    ranks = [warm.Process(target=work, args=(plan, rank)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(240)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    result = json.loads(Path(plan["out"]).read_text())
     for name in ("loss", "psnr_heldout", "ssim_heldout", "latent_std/0", "latent_mean/3"):
         assert result[name] == pytest.approx(alone[name], rel=1e-4), name
     made, expected = (

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +159,14 @@ def encode_in_process(config: CacheLatents, units: list[Shard]) -> list[task.Mad
     return [encode_shard(unit) for unit in units]
 
 
-def test_one_worker_or_three_and_any_order_make_the_same_bytes(tmp_path: Path, weights: str) -> None:
+def test_one_worker_or_three_and_any_order_make_the_same_bytes(tmp_path: Path, weights: str, warm: Any) -> None:
     configs = []
     for name in ("one", "three"):
         dataset(tmp_path / name)
         configs.append(config_of(tmp_path / name, weights))
     run(configs[0], order=lambda units: units[::-1])
     units = task.plan(configs[1])
-    context = get_context("forkserver")
-    heavy = ["diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip", "calotype.model.conditioner"]
-    context.set_forkserver_preload([*heavy, "calotype.model.autoencoder", "transformers.models.auto"])
-    with ProcessPoolExecutor(3, mp_context=context) as pool:
+    with ProcessPoolExecutor(3, mp_context=warm) as pool:
         parts = pool.map(encode_in_process, [configs[1]] * 3, [units[index::3] for index in range(3)])
         task.commit(configs[1], [made for part in parts for made in part])
     assert made_bytes(configs[0]) == made_bytes(configs[1])

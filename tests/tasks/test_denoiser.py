@@ -6,8 +6,8 @@ import dataclasses
 import io
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,20 @@ def settings(root: str, **changes: Any) -> C.TrainDenoiser:
     )
 
 
+def work(plan: str, rank: int, said: str) -> None:
+    """`python spawned.py PLAN RANK > SAID 2>&1`, in a process that has imported everything."""
+    with open(said, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(SPAWNED), plan, str(rank)]
+    runpy.run_path(str(SPAWNED), run_name="__main__")
+
+
 class Runs:
     """Runs of several workers, in processes of their own."""
 
-    def __init__(self, folder: Path, root: str) -> None:
-        self.folder, self.root = folder, root
+    def __init__(self, folder: Path, root: str, warm: Any) -> None:
+        self.folder, self.root, self.warm = folder, root, warm
 
     def artifacts(self, name: str) -> Path:
         return self.folder / name
@@ -133,27 +142,24 @@ class Runs:
             )
         path = self.folder / f"plan{number}.json"
         path.write_text(json.dumps(plan))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, str(SPAWNED), str(path)]
-        workers = [
-            subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for rank in range(world)
-        ]
+        said = [self.folder / f"said{number}-{rank}.txt" for rank in range(world)]
+        workers = [self.warm.Process(target=work, args=(str(path), rank, str(file))) for rank, file in enumerate(said)]
         killing = any(job.get("kill_at") for job in jobs)
-        outs = []
         try:
+            for worker in workers:
+                worker.start()
             for worker in workers:
                 if killing and worker is not workers[0]:
                     worker.kill()  # rank 0 is dead: a cluster would end the others
-                outs.append(worker.communicate(timeout=1500)[0].decode())
+                worker.join(1500)
         finally:
             for worker in workers:
                 worker.kill()
-        codes = [worker.returncode for worker in workers]
+        codes = [worker.exitcode for worker in workers]
         if killing:
-            assert codes[0] == -signal.SIGKILL, outs[0]
+            assert codes[0] == -signal.SIGKILL, said[0].read_text()
         else:
-            assert not any(codes), "\n".join(outs)
+            assert codes == [0] * world, "\n".join(file.read_text() for file in said)
 
     def figures(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / f"{name}.json").read_text())["figures"]
@@ -165,9 +171,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def done(root: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def done(root: str, tmp_path_factory: pytest.TempPathFactory, warm: Any) -> Runs:
     """All runs of this page; each world size is started once."""
-    found = Runs(tmp_path_factory.mktemp("runs"), root)
+    found = Runs(tmp_path_factory.mktemp("runs"), root, warm)
     half = BATCH * STEPS // 2
     deepspeed = [{"kind": "deepspeed", "stage": stage} for stage in range(4)]
     short = {"images": half + 10 * BATCH}
