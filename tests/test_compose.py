@@ -303,11 +303,13 @@ def test_identity_is_what_changes_the_computation(job: str) -> None:
         ("train.checkpoint_every=5", True),
         ("train.images=77", True),
         ("name=other", True),
+        ("conditions.text.tokenizer=/moved/elsewhere", True),  # its digest counts
         ("optim.lr=1e-4", True),  # the default, said aloud
         ("seed=1", False),
         ("engine.precision=bf16", False),
         ("train.batch=8", False),
         ("conditions.text.drop=0.2", False),
+        ("conditions.text.digest=other", False),
         ("denoiser=unet_tiny", False),
     ],
 )

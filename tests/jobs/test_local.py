@@ -127,7 +127,7 @@ def test_hydra_flags_work_as_hydra_users_expect(line: Path) -> None:
         env=env,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=60,
     )
     assert "engine=zero3" in done.stdout, done.stderr
 

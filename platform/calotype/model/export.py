@@ -46,10 +46,6 @@ def export(
     Raises:
         ConfigError: what that pipeline cannot do, by name.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # of image processors that the pipeline imports and ours has no use for
-    logging.disable_progress_bar()
     from diffusers import StableDiffusionPipeline
 
     check_exportable(settings)

@@ -15,8 +15,12 @@ def export_run(root: str, reference: str, folder: Path) -> None:
     Raises:
         ConfigError: the folder holds something else, or the model has no place in that pipeline; says what.
     """
+    from transformers.utils import logging
+
     from calotype.model.export import check_exportable, export
 
+    logging.set_verbosity_error()  # of image processors that the pipeline imports and ours has no use for
+    logging.disable_progress_bar()
     record = runs.find(root, "train_denoiser", reference)
     settings = trained(record)
     check_exportable(settings)
