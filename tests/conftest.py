@@ -5,19 +5,36 @@ CALOTYPE_TEST_HOME=FOLDER keeps it up between sessions, in that folder (`CALOTYP
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calotype.cluster import local
 from calotype.environment import FOREIGN, SERVICES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+HEAVY = [
+    "deepspeed",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.auto",
+    "calotype.cli",
+    "calotype.model.conditioner",
+    "calotype.tasks.evaluate",
+    "calotype.train.loop",
+    "sklearn.datasets",
+]
 
 
 @dataclass(frozen=True)
@@ -57,3 +74,37 @@ def bucket(stack: Stack) -> str:
     uri = f"s3://test-{secrets.token_hex(6)}"
     open_store(uri).ensure()
     return uri
+
+
+@pytest.fixture(scope="session")
+def warm() -> Any:
+    """A multiprocessing context whose processes have their imports behind them: a quarter of a minute each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="session")
+def started(warm: Any) -> Callable[..., Any]:
+    """`started(SCRIPT, WORDS..., said=FILE)`: the process `python SCRIPT WORDS > FILE 2>&1`, warm."""
+
+    def start(script: Path, *words: str, said: Path, **env: str) -> Any:
+        process = warm.Process(target=_as_main, args=(str(script), words, said, {**os.environ, **env}))
+        process.start()
+        return process
+
+    return start
+
+
+def _as_main(script: str, words: tuple[str, ...], said: Path, env: dict[str, str]) -> None:
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")

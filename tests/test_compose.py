@@ -143,6 +143,9 @@ REFUSED = [
     ("engine.precision=bf-16", "engine.precision='bf-16' is not known: choose one of fp32"),
     ("engine.stage=4", "engine.stage=4 is not known"),
     ("train.lanes=3", "train.lanes=3 does not divide train.batch=256"),
+    ("cluster.workers=257", "cluster.workers=257 is more than train.batch=256"),
+    ("engine.precision=fp16", "engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16"),
+    ("train.flip=true", "train.flip=true mirrors images"),
     (
         "+denoiser.model.cross_attention_dim=99",
         "denoiser.model.cross_attention_dim=99 but width of the text encoder is 64",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from calotype.config import Autoencoder, Condition, Train, TrainAutoencoder, TrainDenoiser
+from calotype.config import Autoencoder, Condition, TrainAutoencoder, TrainDenoiser
 from calotype.errors import ConfigError
 
 # Code that a config may name with `_target_`.  Everything else is refused before anything is imported.
@@ -102,8 +102,8 @@ def check(config: Any) -> None:
         raise ConfigError(f"name={config.name!r} becomes part of file names: use letters, digits, _ . and -, up to 100")
     if isinstance(config, TrainDenoiser):
         check_denoiser(config)
-    if hasattr(config, "train"):
-        _check_train(config.train)
+    if isinstance(config, TrainAutoencoder | TrainDenoiser):
+        _check_train(config)
     if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
         raise ConfigError(
             f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "
@@ -202,9 +202,19 @@ def _check_condition(name: str, condition: Condition) -> None:
         raise ConfigError(f"{where}.kind=cross needs {where}.source=text")
 
 
-def _check_train(train: Train) -> None:
+def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
+    train, cluster = config.train, config.cluster
     if train.lanes < 0 or (train.lanes and train.batch % train.lanes):
         raise ConfigError(f"train.lanes={train.lanes} does not divide train.batch={train.batch}")
+    if cluster.workers > train.batch:
+        raise ConfigError(
+            f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "
+            "every worker needs an image of each batch"
+        )
+    if config.engine.precision == "fp16" and cluster.kind == "ray" and not cluster.gpus:
+        raise ConfigError("engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16 or fp32")
+    if train.flip and isinstance(config, TrainDenoiser):
+        raise ConfigError("train.flip=true mirrors images, and a cache holds latents: leave it out of train_denoiser")
 
 
 def _values(config: Any, setting: str) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,24 @@ TINY_AUTOENCODER = [
 TINY_DENOISER = ["denoiser=unet_tiny", "denoiser.model.block_out_channels=[16,32]", "denoiser.model.norm_num_groups=8"]
 
 
-def job(name: str, *overrides: str, home: Path, fails: bool = False) -> str:
-    """Run jobs/NAME.py; its output."""
-    env = {
-        **os.environ,
-        "CALOTYPE_HOME": str(home),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT / "platform"),
-    }
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *overrides],
-        cwd=home,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+Job = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def job(started: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """`job(NAME, OVERRIDES..., home=FOLDER)` runs jobs/NAME.py; its output."""
+    said = tmp_path_factory.mktemp("said") / "output"
+
+    def run(name: str, *overrides: str, home: Path, fails: bool = False) -> str:
+        env = {"CALOTYPE_HOME": str(home), "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
+        process = started(ROOT / "jobs" / f"{name}.py", *overrides, said=said, **env)
+        process.join(240)
+        process.kill()
+        output = said.read_text()
+        assert (process.exitcode != 0) == fails, output[-6000:]
+        return output
+
+    return run
 
 
 def result(home: Path, name: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def result(home: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def line(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which every job ran once."""
     home = tmp_path_factory.mktemp("a home with spaces")
     job("prepare", "debug=local", home=home)
@@ -81,7 +81,7 @@ def test_every_job_leaves_its_result(line: Path) -> None:
     assert (artifacts / "samples" / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_command_finds_it_finished(line: Path) -> None:
+def test_the_same_command_finds_it_finished(job: Job, line: Path) -> None:
     out = job(
         "train_denoiser",
         "debug=tiny",
@@ -94,7 +94,7 @@ def test_the_same_command_finds_it_finished(line: Path) -> None:
     assert "finished already" in out
 
 
-def test_a_longer_run_continues_the_shorter_one(line: Path) -> None:
+def test_a_longer_run_continues_the_shorter_one(job: Job, line: Path) -> None:
     out = job(
         "train_denoiser",
         "debug=tiny",
@@ -109,14 +109,14 @@ def test_a_longer_run_continues_the_shorter_one(line: Path) -> None:
     assert result(line, "train_denoiser")["images"] == 320
 
 
-def test_a_job_that_cannot_start_says_why_in_one_line(line: Path) -> None:
+def test_a_job_that_cannot_start_says_why_in_one_line(job: Job, line: Path) -> None:
     out = job("train_denoiser", "debug=tiny", "autoencoder.path=run:nobody", home=line, fails=True)
     assert out.strip().splitlines()[-1].startswith("calotype: ")
     assert "nobody" in out.strip().splitlines()[-1]
     assert "Traceback" not in out
 
 
-def test_hydra_flags_work_as_hydra_users_expect(line: Path) -> None:
+def test_hydra_flags_work_as_hydra_users_expect(job: Job, line: Path) -> None:
     out = job("train_denoiser", "--cfg", "job", "autoencoder.path=run:mine", "optim.lr=3e-4", home=line)
     assert "lr: 0.0003" in out
     assert "groups (choose with GROUP=OPTION)" in job("prepare", "--help", home=line)
@@ -132,7 +132,7 @@ def test_hydra_flags_work_as_hydra_users_expect(line: Path) -> None:
     assert "engine=zero3" in done.stdout, done.stderr
 
 
-def test_a_sweep_runs_every_combination_and_fails_if_one_does(line: Path) -> None:
+def test_a_sweep_runs_every_combination_and_fails_if_one_does(job: Job, line: Path) -> None:
     job("sample", "-m", "debug=local", "run=run:train_denoiser", "prompts=[a two]", "sampler.steps=1,2", home=line)
     out = job(
         "sample",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calotype import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -137,23 +138,14 @@ def test_mlflow_shows_curves_lineage_and_checkpoints(root: str, shown: dict[str,
 def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
     from mlflow import MlflowClient
 
-    out = calotype(
-        "submit",
-        "sample",
-        "-m",
-        f"root={root}",
-        "name=swept",
-        "track.experiment=test",
-        "run=run:mine",
-        "prompts=[a one]",
-        "sampler.steps=1,2",
-    )
-    assert out.count("submitted sample-") == 2
+    sweep = ["submit", "prepare", "-m", f"root={root}", "name=swept", "track.experiment=test"]
+    out = calotype(*sweep, "data.name=swept-1,swept-2")
+    assert out.count("submitted prepare-") == 2
     client = MlflowClient()
     experiment = client.get_experiment_by_name("test")
     children = [
         run
-        for run in client.search_runs([experiment.experiment_id], "tags.`calotype.job` = 'sample'")
+        for run in client.search_runs([experiment.experiment_id], "tags.`calotype.job` = 'prepare'")
         if run.info.run_name == "swept" and "mlflow.parentRunId" in run.data.tags
     ]
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
@@ -199,7 +191,7 @@ def test_webdataset_alone_reads_what_was_written(root: str, tmp_path: Path) -> N
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for entry in page["Contents"]:
             kind = entry["Key"].split("/")[1]
-            if entry["Key"].endswith(".tar") and "/edited/" not in entry["Key"]:
+            if entry["Key"].endswith(".tar") and "/edited/" not in entry["Key"] and "/swept-" not in entry["Key"]:
                 client.download_file(bucket, entry["Key"], str(tmp_path / "shard.tar"))
                 for sample in wds.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False).decode():
                     assert sample["__key__"]
@@ -228,6 +220,12 @@ def test_a_gpu_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize("verb", ["up", "status", "down", "submit", "ps", "logs", "cancel", "runs", "export"])
-def test_verbs_that_the_readme_names_teach(verb: str) -> None:
+def test_verbs_that_the_readme_names_teach(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert f"`calotype {verb}" in README or f", `{verb}" in README
-    assert f"usage: calotype {verb}" in calotype(verb, "--help")
+    monkeypatch.setattr(sys, "argv", ["calotype", verb, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert f"usage: calotype {verb}" in capsys.readouterr().out

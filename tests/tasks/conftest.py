@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import pytest
 from calotype import cli, compose, runs
 
 Line = Callable[..., runs.Record]
-HEAVY = [
-    "deepspeed",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.unets.unet_2d_condition",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.auto",
-    "calotype.model.conditioner",
-    "calotype.train.loop",
-]
-
-
-@pytest.fixture(scope="session")
-def warm() -> Any:
-    """A multiprocessing context whose processes have their imports behind them: a quarter of a minute each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        forkserver.ensure_running()
-    return context
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from calotype import config
 from calotype.data.stream import philox
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
 from calotype.track import Tracker
 from calotype.train import checkpoint, loop
@@ -244,9 +244,3 @@ def test_every_rank_takes_the_same_micro_batches(batch: int, world: int, asked: 
         assert weights.sum() == share
         total += float(weights.sum())
     assert total == batch
-
-
-def test_more_workers_than_images_are_refused() -> None:
-    made = SimpleNamespace(train=config.Train(batch=4), engine=config.Engine())
-    with pytest.raises(ConfigError, match=r"cluster\.workers=5"):
-        loop.micro_batch(made, 5)

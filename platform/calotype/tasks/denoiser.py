@@ -49,13 +49,6 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
     found = cache.load_cache(open_store(config.root), config)
     if not found.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
-    if config.cluster.workers > config.train.batch:
-        raise ConfigError(
-            f"cluster.workers={config.cluster.workers} is more than train.batch={config.train.batch}: "
-            "every worker needs an image of each batch"
-        )
-    if config.engine.precision == "fp16" and config.cluster.kind == "ray" and not config.cluster.gpus:
-        raise ConfigError("engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16 or fp32")
     return resolve_start(config)
 
 

@@ -24,7 +24,7 @@ from calotype.compose import digest_of, identity_fields
 from calotype.config import Optim
 from calotype.console import Progress
 from calotype.environment import Worker
-from calotype.errors import ConfigError, DataError
+from calotype.errors import DataError
 from calotype.train import checkpoint
 from calotype.train.engine import Engine
 from calotype.train.figures import Asked, Clock, Meter, agree, refuse_nonfinite
@@ -183,12 +183,9 @@ def lr(optim: Optim, images: int, total: int) -> float:
 def micro_batch(config: Any, world: int) -> int:
     """Samples per forward on one worker, the same on every one.
 
-    Raises:
-        ConfigError: some worker would get no sample.
+    Args:
+        world: at most `train.batch` workers (checks.py): each has a share.
     """
-    if world > config.train.batch:
-        raise ConfigError(f"cluster.workers={world} share a train.batch of {config.train.batch}: "
-                          "some would get no image; use fewer workers or a larger batch")  # fmt: skip
     most = math.ceil(config.train.batch / world)
     return min(config.engine.micro_batch or most, most)
 
