@@ -66,7 +66,8 @@ def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _in_group(payload: dict[str, Any]) -> dict[str, Any] | None:
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray Train has every library speak at INFO
+    for library in ("botocore", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # Ray Train has every library speak at INFO
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
