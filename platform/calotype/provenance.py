@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 VALUE = 500  # characters of one setting shown in a list; the whole value is in config.yaml
+DATASET = ("data.name", "data.digest")
 
 
 def commit() -> str:
@@ -40,6 +41,14 @@ def flat(data: Any, prefix: str = "") -> dict[str, str]:
     if len(value) > VALUE:
         value = f"{value[:VALUE]}... ({len(value)} characters, see config.yaml)"
     return {prefix: value}
+
+
+def parameters(data: dict[str, Any]) -> dict[str, str]:
+    """A job's settings as a run shows them; how its dataset was once made stands in the run of that `prepare`."""
+    made = flat(data)
+    if made.get("data.digest"):
+        made = {name: value for name, value in made.items() if name in DATASET or not name.startswith("data.")}
+    return made
 
 
 def as_yaml(data: Any) -> bytes:

@@ -22,7 +22,7 @@ from calotype.data.store import Missing
 from calotype.errors import CalotypeError, ConfigError
 from calotype.outbox import Outbox, Point, as_point
 from calotype.pictures import write_picture
-from calotype.provenance import as_yaml, commit, flat
+from calotype.provenance import as_yaml, commit, parameters
 from calotype.runs import Record, driver_host
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class MlflowTracker(Tracker):
     def begin(self, config: Any) -> None:
         """This attempt: the run is running (again), on this code, with this config."""
         data = as_data(config)
-        values = flat(data)
+        values = parameters(data)
         code = commit()
 
         def send(client: Any) -> None:

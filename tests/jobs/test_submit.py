@@ -129,7 +129,8 @@ def test_mlflow_shows_curves_lineage_and_checkpoints(root: str, shown: dict[str,
     assert [point.step for point in loss] == list(range(32, 257, 32))
     assert {"lr", "gradient_norm", "images_per_second", "data_wait_percent", "goodput"} <= set(run.data.metrics)
     assert run.inputs.dataset_inputs
-    assert client.get_run(run.info.run_id).data.params["train.batch"] == "32"
+    assert run.data.params["train.batch"] == "32"
+    assert {name for name in run.data.params if name.startswith("data.")} == {"data.name", "data.digest"}
     listed = {entry.path for entry in client.list_artifacts(run.info.run_id, "checkpoints")}
     assert any("256" in path for path in listed), listed
     assert runs["train_autoencoder"].outputs.model_outputs

@@ -226,6 +226,9 @@ def _spawn(home: Path, service: str, command: list[str], folder: Path, environme
             stderr=out,
             start_new_session=True,
         )
+    with contextlib.suppress(psutil.Error):  # its environment comes late: unmarked, it would pass for dead
+        while process.poll() is None and not psutil.Process(process.pid).environ():
+            time.sleep(0.01)
     process.returncode = 0  # never waited for: keeps Popen from warning about a child that is meant to stay
     return process.pid
 
