@@ -239,6 +239,8 @@ def show_runs(args: argparse.Namespace) -> int:
         merged: dict[str, Any] = {}
         for record in found:  # the newest figure of a name wins
             merged.update(results[record.identity])
+        for each in ("seconds", "images"):  # of every job: they stand with each of them, below
+            merged.pop(each, None)
         listed = [
             {
                 "job": r.job,

@@ -108,6 +108,8 @@ def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
         ("prepare", "train_autoencoder", "cache_latents", "train_denoiser", "sample"), "finished"
     )
     assert shown["psnr_heldout"] > 5
+    assert "seconds" not in shown
+    assert all(run["result"]["seconds"] > 0 for run in shown["runs"])
     assert shown["validation_loss"] > 0
 
 
