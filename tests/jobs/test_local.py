@@ -21,7 +21,6 @@ TINY_AUTOENCODER = [
 ]
 TINY_DENOISER = ["denoiser=unet_tiny", "denoiser.model.block_out_channels=[16,32]", "denoiser.model.norm_num_groups=8"]
 
-
 Job = Callable[..., str]
 
 
@@ -67,7 +66,10 @@ def line(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         home=home,
     )
     job("sample", "debug=local", "run=run:train_denoiser", "prompts=[a seven, a one]", "sampler.steps=3", home=home)
-    job("evaluate", "debug=local", "run=run:train_denoiser", "images=20", "sampler.steps=3", home=home)
+    # In a fresh interpreter: the other jobs are started cold, on Ray, by test_submit.
+    words = ["jobs/evaluate.py", "debug=local", "run=run:train_denoiser", "images=20", "sampler.steps=3"]
+    env = {**os.environ, "CALOTYPE_HOME": str(home), "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, timeout=240)
     return home
 
 
