@@ -26,7 +26,7 @@ def calotype(*words: str) -> str:
 def test_the_demo_draws_what_it_is_told_and_a_second_one_finds_it_done(stack: Any) -> None:
     out = calotype("demo")
     figures = json.loads(calotype("runs", "show", "demo", "--json"))
-    assert [run["job"] for run in figures["runs"]] == list(STEPS)
+    assert sorted(run["job"] for run in figures["runs"]) == sorted(STEPS)  # the last two start side by side
     assert figures["accuracy"] >= 0.90
     assert figures["accuracy_unseen_phrasing"] >= 0.80
     assert figures["accuracy_shuffled"] < 0.15
