@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from calotype.compose import digest_of
 from calotype.config import Condition
 from calotype.errors import ConfigError
 from calotype.model.folders import TOKENIZER_FILES, opened, read_config, weight_files
@@ -77,7 +78,7 @@ def condition_digest(condition: Condition) -> str:
     found = {"format": FORMAT, "tokenizer": tokenizer_digest(condition.tokenizer)}
     if condition.mode == "full":
         found["encoder"] = text_encoder_digest(condition.path)
-    return _digest_of(found)
+    return digest_of(found)
 
 
 def tokenizer_digest(tokenizer: str) -> str:
@@ -152,7 +153,7 @@ def _digest(pairs: Iterable[tuple[str, np.ndarray[Any, Any]]], config: Mapping[s
         shape = [size for size in value.shape if size != 1]  # 1x1 convolutions became linear layers in newer versions
         data = np.ascontiguousarray(value, "<f4")
         found[name] = hashlib.sha256(json.dumps(shape).encode() + data.tobytes()).hexdigest()
-    return _digest_of({"format": FORMAT, "config": dict(config), "tensors": found})
+    return digest_of({"format": FORMAT, "config": dict(config), "tensors": found})
 
 
 def _files_digest(folder: Path) -> str:
@@ -162,8 +163,4 @@ def _files_digest(folder: Path) -> str:
     chosen = ["tokenizer.json"] if "tokenizer.json" in vocabulary else vocabulary
     if not chosen:
         raise ConfigError(f"{folder} holds no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
-    return _digest_of({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in chosen})
-
-
-def _digest_of(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return digest_of({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in chosen})

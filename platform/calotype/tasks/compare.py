@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 from calotype import config, runs
 from calotype.config import TrainDenoiser
@@ -111,16 +110,11 @@ def training_speed(model: sample.Model) -> float:
 
 def sampling_time(model: sample.Model, sampler: config.Sampler) -> float:
     """Seconds per image, of DRAWN images in one batch, from noise to pixels."""
-    prompts = [_any_prompt(model.settings)] * DRAWN
+    prompts = [sample.prompt(model.settings.conditions, "a picture")] * DRAWN
     model.draw(prompts, dataclasses.replace(sampler, steps=1), range(DRAWN))
     start = time.perf_counter()
     model.draw(prompts, sampler, range(DRAWN))
     return (time.perf_counter() - start) / DRAWN
-
-
-def _any_prompt(settings: TrainDenoiser) -> Any:
-    values = {name: 0 if c.source == "label" else "a picture" for name, c in settings.conditions.items()}
-    return values if len(values) > 1 else next(iter(values.values()), "")
 
 
 def _wait(device: str) -> None:

@@ -129,7 +129,7 @@ def _prompted(settings: config.Evaluate, model: sample.Model, phrasings: Sequenc
 
     wanted = [number % 10 for number in range(settings.images)]
     texts = [caption_of(digit, phrasings[number // 10 % len(phrasings)]) for number, digit in enumerate(wanted)]
-    prompts = [_prompt(model, text, digit) for text, digit in zip(texts, wanted, strict=True)]
+    prompts = [sample.prompt(model.settings.conditions, text, digit) for text, digit in zip(texts, wanted, strict=True)]
     images = _draw(settings, model, prompts, seed, "recognise")
     return Drawn(prompts, images, wanted, [int(digit) for digit in recogniser()(images)])
 
@@ -148,13 +148,8 @@ def _draw(settings: config.Evaluate, model: sample.Model, prompts: Sequence[Any]
 
 def _prompt_of(model: sample.Model, item: Sample) -> Any:
     about = json.loads(bytes(item.members["json"])) if "json" in item.members else {}
-    return _prompt(model, bytes(item.members.get("txt", b"")).decode(), about.get("label", 0))
-
-
-def _prompt(model: sample.Model, text: str, label: int) -> Any:
-    """What this model is to be given for an image of that caption and label."""
-    values = {name: label if c.source == "label" else text for name, c in model.settings.conditions.items()}
-    return values if len(values) > 1 else next(iter(values.values()), "")
+    text = bytes(item.members.get("txt", b"")).decode()
+    return sample.prompt(model.settings.conditions, text, about.get("label", 0))
 
 
 # ------------------------------------------------------------------------------------------------ figures

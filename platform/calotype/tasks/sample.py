@@ -234,6 +234,12 @@ def read_prompts(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def prompt(conditions: Mapping[str, config.Condition], text: str, label: int = 0) -> Any:
+    """What a model with these conditions is given for an image of that caption and label."""
+    values = {name: label if c.source == "label" else text for name, c in conditions.items()}
+    return values if len(values) > 1 else next(iter(values.values()), "")
+
+
 def checked(prompts: list[Any], conditions: Mapping[str, config.Condition]) -> list[Any]:
     """Prompts that this model can be given: texts, labels, or {condition: value} where it has several.
 
