@@ -16,7 +16,7 @@ PLATFORM = ROOT / "platform"
 # A room may import rooms of its own floor and of the floors below.
 FLOORS = (
     ("errors", "config", "checks", "compose", "environment", "console", "sentences", "outbox", "provenance"),
-    ("data", "model", "train", "track", "runs", "pictures"),
+    ("data", "model", "train", "track", "runs", "pictures", "listing"),
     ("tasks", "cluster", "cli", "demo", "__main__"),
     ("jobs", "hydra_plugins"),
 )

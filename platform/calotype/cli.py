@@ -9,13 +9,14 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from calotype import __version__, compose, console, runs, track
+from calotype import __version__, compose, console, listing, runs, track
 from calotype.config import JOBS
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
@@ -47,6 +48,7 @@ def job_main(job: str, resolve: Resolve, run: Run) -> None:
                 resolved = resolve(child)
                 if not _already_done(job, resolved):
                     execute(job, resolved, run)
+                    _bring(job, resolved)
 
         compose.hydra_main(job, body, argv)
         sweep.close()
@@ -71,16 +73,8 @@ def execute(job: str, config: Any, run: Run) -> dict[str, Any]:
             tracker.figures(result)
     if not finished:
         raise CalotypeError(f"{job} {record.name} was stopped at a checkpoint: the same command goes on from there")
-    show_result(record, result)
+    listing.show_result(record, result)
     return result
-
-
-def show_result(record: runs.Record, result: dict[str, Any]) -> None:
-    rows = [[key, console.figure(value)] for key, value in sorted(result.items()) if not isinstance(value, dict | list)]
-    rows += [["run", record.identity], ["artifacts", record.artifact_root]]
-    if record.mlflow_run_id:
-        rows.append(["MLflow", track.page(record.mlflow_run_id)])
-    console.table(f"{record.job}: {record.name}", ["figure", "value"], rows)
 
 
 def _already_done(job: str, config: Any) -> bool:
@@ -88,9 +82,22 @@ def _already_done(job: str, config: Any) -> bool:
     if record is not None:
         runs.call(record, config.name)
         track.settle(record)
-        print(f"{job} {config.name}: finished already, nothing to do (run {record.identity[:8]})")
-        show_result(record, record.result())
+        also = f", first called {record.name}" if record.name != config.name else ""
+        if hasattr(config, "train") and record.result()["images"] > config.train.images:
+            also += f"; it went on to {record.result()['images']:,} images, and its schedule does not ask how far"
+        print(f"{job} {config.name}: finished already, nothing to do (run {record.identity[:8]}{also})")
+        listing.show_result(record, record.result())
+        _bring(job, config)
     return record is not None
+
+
+def _bring(job: str, config: Any) -> None:
+    """`out=FOLDER` of a resolved sample: its pictures, where the user stands."""
+    if out := getattr(config, "out", ""):
+        record = runs.load(config.root, compose.identity(job, config))
+        assert record is not None
+        runs.fetch(record, "samples", out)
+        print(f"look at {shlex.quote(str(Path(out) / 'grid.png'))}")
 
 
 class Sweep:
@@ -156,16 +163,32 @@ def job_module(job: str) -> Any:
 
 
 def submit_config(job: str, config: Any) -> str | None:
-    """Resolve and submit one checked config; the submission's id, or None when it is finished already.
+    """Resolve and submit one checked config; the submission's id, or None when it is finished already."""
+    return submit_resolved(job, resolve(job, config))
+
+
+def resolve(job: str, config: Any) -> Any:
+    """A checked config, with names become digests by what is there now.
 
     Raises:
-        CalotypeError: an input is missing, or the same run is alive.
+        CalotypeError: an input is missing, or it is not for a cluster.
     """
-    from calotype.cluster import jobs
+    from calotype.cluster import local
 
     if config.cluster.kind == "local":
         raise CalotypeError(f"cluster=local is not submitted: run `python jobs/{job}.py` with the same settings")
-    resolved = job_module(job).resolve(config)
+    local.check_up(home(), config.root)
+    return job_module(job).resolve(config)
+
+
+def submit_resolved(job: str, resolved: Any) -> str | None:
+    """As `submit_config`.
+
+    Raises:
+        CalotypeError: the same run is alive.
+    """
+    from calotype.cluster import jobs
+
     if _already_done(job, resolved):
         return None
     identity = compose.identity(job, resolved)
@@ -175,7 +198,12 @@ def submit_config(job: str, config: Any) -> str | None:
         attempt = runs.last_attempt(record.store) + 1
         if attempt > 1 and (who := runs.alive(record, attempt - 1)):
             raise CalotypeError(
-                f"{job} {config.name} is running already on {who} (attempt {attempt - 1}): `calotype ps` shows it"
+                f"{job} {resolved.name} is running already on {who} (attempt {attempt - 1}): "
+                "`calotype ps` shows its id, `calotype logs -f ID` follows it"
+            )
+        if record.name != resolved.name:
+            print(
+                f"{job} {resolved.name}: the settings are those of {record.name}, which goes on and gets this name too"
             )
     store = open_store(resolved.root).at("runs", identity)
     key = f"submitted/{attempt:04d}-{os.urandom(3).hex()}.json"
@@ -195,19 +223,23 @@ def submit(argv: Sequence[str]) -> int:
             raise CalotypeError(f"{argv[0]!r} is not a job: choose one of {', '.join(JOBS)}")
         return 0 if argv else 2
     job, sweep = argv[0], Sweep(argv[0])
-    submitted: list[str] = []
+    submitted: dict[str, Any] = {}
 
     def body(config: Any, overrides: list[str] | None) -> None:
         with sweep.child(config, overrides) as child:
-            if identifier := submit_config(job, child):
-                submitted.append(identifier)
+            resolved = resolve(job, child)
+            if identifier := submit_resolved(job, resolved):
+                submitted[identifier] = resolved
                 print(f"submitted {identifier}", flush=True)
 
     compose.hydra_main(job, body, argv[1:])
     if wait and len(submitted) == 1:
-        jobs.follow(submitted[0])
-    if wait:
-        sweep.failures += [message for message in map(jobs.wait, submitted) if message]
+        jobs.follow(*submitted)
+    for identifier, resolved in submitted.items() if wait else ():
+        if message := jobs.wait(identifier):
+            sweep.failures.append(message)
+        else:
+            _bring(job, resolved)
     sweep.close()
     return 0
 
@@ -229,56 +261,11 @@ example: calotype submit train_denoiser autoencoder.path=run:mine denoiser=unet_
 
 def show_runs(args: argparse.Namespace) -> int:
     """`calotype runs [show NAME] [--json]`."""
-    named = runs.called(args.root, args.name.removeprefix("run:")) if args.name else set()
-    found = [r for r in runs.every(args.root) if r.identity in named or args.name in ("", r.identity, r.identity[:8])]
-    found.sort(key=lambda record: record.created)
-    if args.name and not found:
-        raise CalotypeError(f"no run named {args.name!r} under {args.root}: `calotype runs` lists them")
-    results = {record.identity: record.result() for record in found}
-    if args.json:
-        merged: dict[str, Any] = {}
-        for record in found:  # the newest figure of a name wins
-            merged.update(results[record.identity])
-        for each in ("seconds", "images"):  # of every job: they stand with each of them, below
-            merged.pop(each, None)
-        listed = [
-            {
-                "job": r.job,
-                "name": r.name,
-                "identity": r.identity,
-                "status": r.status(),
-                "artifacts": r.artifact_root,
-                "mlflow_run_id": r.mlflow_run_id,
-                "result": results[r.identity],
-            }
-            for r in found
-        ]
-        print(json.dumps({**merged, "runs": listed} if args.name else listed, indent=1))
-        return 0
-    if args.name:
-        for record in found:
-            show_result(record, results[record.identity] or {"status": record.status()})
-        return 0
-    rows = [
-        [
-            r.name,
-            r.job,
-            r.identity[:8],
-            r.status(),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(r.created)),
-            console.figure(results[r.identity].get("seconds", "")),
-            headline(results[r.identity]),
-        ]
-        for r in found
-    ]
-    console.table(f"runs under {args.root}", ["name", "job", "run", "status", "started", "seconds", "figures"], rows)
+    from calotype.cluster import local
+
+    local.check_up(home(), args.root)
+    listing.show_runs(args.root, args.name.removeprefix("run:"), args.json)
     return 0
-
-
-def headline(result: dict[str, Any]) -> str:
-    """The figures of a result that a table has room for."""
-    keys = ("accuracy", "psnr_heldout", "validation_loss", "loss", "samples", "images", "images_per_second")
-    return "  ".join(f"{key} {console.figure(result[key])}" for key in keys if key in result)
 
 
 def show_status(args: argparse.Namespace) -> int:
@@ -300,7 +287,8 @@ def start_stack(args: argparse.Namespace) -> int:
 def stop_stack(args: argparse.Namespace) -> int:
     from calotype.cluster import local
 
-    local.down(home())
+    stopped = local.down(home())
+    print(f"stopped {', '.join(stopped)}; what they hold stays" if stopped else "nothing of it is running")
     return 0
 
 
@@ -326,14 +314,18 @@ def show_logs(args: argparse.Namespace) -> int:
 def cancel(args: argparse.Namespace) -> int:
     from calotype.cluster import jobs
 
-    jobs.cancel(args.id)
-    print(f"{args.id} is stopped; what it had is kept, and the same command goes on")
+    if (ended := jobs.cancel(args.id)) == "stopped":
+        print(f"{args.id} is stopped; what it had is kept, and the same command goes on")
+    else:
+        print(f"{args.id} had {ended} already: nothing to stop")
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
+    from calotype.cluster import local
     from calotype.tasks.export import export_run
 
+    local.check_up(home(), args.root)
     export_run(args.root, args.run, Path(args.folder))
     print(f"{args.folder}: diffusers.StableDiffusionPipeline.from_pretrained({args.folder!r}) loads it")
     return 0
@@ -342,7 +334,7 @@ def export(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     from calotype.demo import run_demo
 
-    return run_demo(args.root, submit_config, headline)
+    return run_demo(args.root, submit_config)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from calotype.sentences import one_sentence, unknown
 T = TypeVar("T")
 
 IDENTITY_VERSION = 1
+VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn", "--config-dir", "-cd")
 HERE = Path(__file__).resolve().parent
 
 
@@ -86,7 +87,7 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
     if {"-h", "--help"} & set(argv):
         print(explained(job))
         return
-    argv0, sys.argv = sys.argv, [sys.argv[0], *argv]
+    argv0, sys.argv = sys.argv, [sys.argv[0], *_flags_last(argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one sentence
     try:
         hydra.main(config_path=str(shipped("conf")), config_name=job, version_base="1.3")(run)()
@@ -96,6 +97,18 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
         sys.argv = argv0
     if refused:
         raise refused[0]
+
+
+def _flags_last(argv: Sequence[str]) -> list[str]:
+    """Flags may stand between overrides, which Hydra's parser wants in one block."""
+    flags: list[str] = []
+    words: list[str] = []
+    before = ""
+    for word in argv:
+        its_value = before in VALUED and "=" not in word
+        (flags if word.startswith("-") or its_value else words).append(word)
+        before = word
+    return [*words, *flags]
 
 
 def validated(job: str, node: Any) -> Any:
@@ -135,24 +148,40 @@ def explained(job: str) -> str:
         chosen = [o.split("/")[-1] if o.endswith(f"/{job}") else o for o in options]
         if folder.name in (*(item.name for item in dataclasses.fields(cls)), "experiment", "debug"):
             lines.append(f"  {folder.name}: {', '.join(o for o, c in zip(options, chosen) if '/' not in o or c != o)}")
-    lines += ["", "settings (override with NAME=VALUE; * is not part of the run's identity):", *_settings(cls, "")]
+    lines += ["", "settings (override with NAME=VALUE; * is not part of the run's identity):"]
+    lines += _settings(cls, "", _defaults(job))
     flags = "--cfg job (print the config)  -m (one run per combination)  -sc install=bash (shell completion)"
     return "\n".join([*lines, "", f"flags: {flags}"])
 
 
-def _settings(cls: Any, prefix: str) -> list[str]:
+def _defaults(job: str) -> Any:
+    """What the job composes to when nothing is chosen; some of it is missing."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        return hydra_compose(job)
+
+
+def _settings(cls: Any, prefix: str, chosen: Any) -> list[str]:
+    from omegaconf import OmegaConf
+
     lines = []
     for item, hint in _fields(cls):
         if dataclasses.is_dataclass(hint):
-            lines += _settings(hint, f"{prefix}{item.name}.")
+            lines += _settings(hint, f"{prefix}{item.name}.", chosen)
             continue
         default = item.default_factory() if callable(item.default_factory) else item.default
+        if not isinstance(default, dict):
+            default = OmegaConf.select(chosen, f"{prefix}{item.name}", default=default)
         mark = " " if item.metadata.get("identity", True) else "*"
         name = f"{prefix}{item.name}={'' if default in ('', MISSING) else default}"
         lines.append(f" {mark}{name:<44} {item.metadata['meaning']}")
         args = typing.get_args(hint)
         if args and dataclasses.is_dataclass(args[-1]):
-            lines += _settings(args[-1], f"{prefix}{item.name}.NAME.")
+            lines += _settings(args[-1], f"{prefix}{item.name}.NAME.", chosen)
     return lines
 
 

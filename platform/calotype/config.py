@@ -260,7 +260,7 @@ class Sample(Job):
     per_prompt: int = setting(1, "images per prompt")
     sampler: Sampler = setting(Sampler, "")
     ema: bool = setting(True, "sample the averaged weights")
-    out: str = setting("", "also write PNGs into this folder (cluster=local)", identity=False)
+    out: str = setting("", "also copy the pictures into this folder, here", identity=False)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ DRAW_SECONDS = 0.5  # between two lines for a program
 # Ray puts this before what a worker prints.
 RAY_PREFIX = re.compile(r"^(?:\x1b\[\d+m)*\([\w.:]+ pid=\d+(?:, ip=[^)]*)?\)(?:\x1b\[\d+m)* ?")
 
+# And this before what an entrypoint prints: nothing that its reader did not just type.
+RAY_START = re.compile(r"^(\d[\d:, -]+\tINFO job_manager\.py:\d+ -- |Running entrypoint for job )")
+
 
 @dataclass
 class State:
@@ -112,6 +115,8 @@ def follow(lines: Iterable[str]) -> None:
             _, found, data = line.rstrip("\n").partition(SIGN)
             if found and (state := _parsed(data)) is not None:
                 shown.show(state)
+            elif RAY_START.match(line):
+                continue
             elif isinstance(shown, BarSink):
                 shown.bars.console.print(Text.from_ansi(RAY_PREFIX.sub("", line.rstrip("\n"))), soft_wrap=True)
             else:

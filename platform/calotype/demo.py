@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calotype import compose, console, runs, track
+from calotype import compose, console, listing, runs, track
 from calotype.cluster import jobs, local
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
@@ -20,13 +24,12 @@ STEPS = (("prepare",), ("train_autoencoder",), ("cache_latents",), ("train_denoi
 Submit = Callable[[str, Any], str | None]  # (job, checked config) -> submission, or None when it is finished already
 
 
-def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str]) -> int:
+def run_demo(root: str, submit: Submit) -> int:
     """Up, prepare, train both models, sample, evaluate, export; what is finished is recognised.
 
     Args:
         root: where datasets and runs go, s3://BUCKET[/PREFIX].
         submit: what `calotype submit` does with a config.
-        headline: a result's figures, in one line.
 
     Returns:
         The exit code, 0.
@@ -42,21 +45,29 @@ def run_demo(root: str, submit: Submit, headline: Callable[[dict[str, Any]], str
     for steps in STEPS:
         start = time.monotonic()
         submitted = {step: _submit(step, root, submit) for step in steps}
-        rows += [[step, *_result(step, root, submitted[step], start, headline)] for step in steps]
+        rows += [[step, *_result(step, root, submitted[step], start)] for step in steps]
     folder = home() / "demo"
     start = time.monotonic()
     rows.append(["export", *_export(root, folder, start)])
     rows.append(["all", "", _took(began), ""])
     console.table("demo", ["step", "what it made", "seconds", "figures"], rows)
     record = runs.find(root, "train_denoiser", "run:demo")
+    calotype = _program()
     print(
-        f"look at     {folder / 'samples.png'}\n"
+        f"look at     {shlex.quote(str(folder / 'samples.png'))}\n"
         f"curves      {track.page(record.mlflow_run_id)}\n"
-        f"figures     calotype runs show demo\n"
-        f'draw more   calotype submit sample run=run:demo \'prompts=["a seven", "the digit 3"]\' name=mine\n'
-        f"the stack stays up: `calotype status` shows it, `calotype down` stops it"
+        f"figures     {calotype} runs show demo\n"
+        f'draw more   {calotype} submit sample run=run:demo \'prompts=["a seven", "the digit 3"]\' out=drawn\n'
+        f"the stack stays up: `{calotype} status` shows it, `{calotype} down` stops it"
     )
     return 0
+
+
+def _program() -> str:
+    """How `calotype` is called from here."""
+    script = Path(sys.executable).with_name("calotype")
+    found = shutil.which("calotype")
+    return "calotype" if found and Path(found) == script else shlex.quote(os.path.relpath(script))
 
 
 def _submit(step: str, root: str, submit: Submit) -> str | None:
@@ -64,15 +75,13 @@ def _submit(step: str, root: str, submit: Submit) -> str | None:
     return submit(step, compose.compose(step, [f"experiment=demo/{step}", f"root={root}"]))
 
 
-def _result(
-    step: str, root: str, submitted: str | None, start: float, headline: Callable[[dict[str, Any]], str]
-) -> tuple[str, str, str]:
+def _result(step: str, root: str, submitted: str | None, start: float) -> tuple[str, str, str]:
     if submitted:
         jobs.follow(submitted)
         if message := jobs.wait(submitted):
             raise CalotypeError(message)
     record = runs.find(root, step, "run:demo")
-    return record.artifact_root, _took(start), headline(record.result())
+    return record.artifact_root, _took(start), listing.headline(record.result())
 
 
 def _export(root: str, folder: Path, start: float) -> tuple[str, str, str]:

@@ -129,9 +129,20 @@ def call(record: Record, name: str) -> None:
         open_store(record.root).at("names", record.job, name).publish(entry, b"")
 
 
-def called(root: str, name: str) -> set[str]:
-    """Identities of the runs of all jobs that have this name."""
-    return {run for job in open_store(root).folders("names") for run in _named(root, job, name)}
+def names(root: str) -> dict[str, list[str]]:
+    """Identity -> every name that the run was given, in alphabetical order."""
+    found: dict[str, list[str]] = {}
+    for entry in open_store(root).at("names").list():  # JOB/NAME/CREATED-IDENTITY
+        _, name, run = entry.key.split("/")
+        found.setdefault(run.rsplit("-", 1)[1], []).append(name)
+    return found
+
+
+def fetch(record: Record, prefix: str, folder: str) -> None:
+    """Copy the artifacts under `prefix` into a folder of this machine."""
+    there, here = record.artifacts.at(prefix), open_store(folder)
+    for entry in there.list():
+        here.write(entry.key, there.read(entry.key))
 
 
 def _named(root: str, job: str, name: str) -> list[str]:

@@ -132,7 +132,7 @@ def test_cancel_lets_a_job_save(stack: Any, checkout: Path, capsys: pytest.Captu
     while not any("progress" in line for line in jobs.logs(identifier)) and time.monotonic() < until:
         time.sleep(0.2)
     start = time.monotonic()
-    jobs.cancel(identifier)
+    assert jobs.cancel(identifier) == "stopped"
     assert time.monotonic() - start < 30
     assert jobs.wait(identifier) == f"{identifier} was cancelled"
     jobs.follow(identifier)
@@ -143,7 +143,7 @@ def test_cancel_lets_a_job_save(stack: Any, checkout: Path, capsys: pytest.Captu
 
 
 def test_no_such_job_no_such_cluster_wrong_token(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CalotypeError, match="nobody"):
+    with pytest.raises(CalotypeError, match="'nobody': `calotype ps` lists them"):
         jobs.logs("nobody")
     with monkeypatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", "wrong")

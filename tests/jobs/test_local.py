@@ -65,7 +65,10 @@ def line(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts=[a seven]",
         home=home,
     )
-    job("sample", "debug=local", "run=run:train_denoiser", "prompts=[a seven, a one]", "sampler.steps=3", home=home)
+    drawn = ["run=run:train_denoiser", "prompts=[a seven, a one]", "sampler.steps=3"]
+    job("sample", "debug=local", *drawn, home=home)
+    assert "finished already" in job("sample", "debug=local", *drawn, f"out={home / 'drawn'}", home=home)
+    assert (home / "drawn" / "grid.png").stat().st_size > 100
     # In a fresh interpreter: the other jobs are started cold, on Ray, by test_submit.
     words = ["jobs/evaluate.py", "debug=local", "run=run:train_denoiser", "images=20", "sampler.steps=3"]
     env = {**os.environ, "CALOTYPE_HOME": str(home), "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
@@ -135,7 +138,7 @@ def test_hydra_flags_work_as_hydra_users_expect(job: Job, line: Path) -> None:
 
 
 def test_a_sweep_runs_every_combination_and_fails_if_one_does(job: Job, line: Path) -> None:
-    job("sample", "-m", "debug=local", "run=run:train_denoiser", "prompts=[a two]", "sampler.steps=1,2", home=line)
+    job("sample", "debug=local", "-m", "run=run:train_denoiser", "prompts=[a two]", "sampler.steps=1,2", home=line)
     out = job(
         "sample",
         "-m",

@@ -114,8 +114,10 @@ def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
 
 
 def test_what_is_finished_is_not_submitted_again(line: dict[str, list[str]]) -> None:
-    out = calotype(*line["train_denoiser"], "engine=zero3")
+    out = calotype(*line["train_denoiser"], "engine=zero3", "name=again", "train.images=64")
     assert "finished already" in out
+    assert "first called mine; it went on to 256 images" in out
+    assert "mine, again" in calotype("runs", f"--root={line['sample'][-3].removeprefix('root=')}")
     assert "submitted" not in out.replace("submitted/", "")
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import textwrap
 import time
 import urllib.error
 import urllib.parse
@@ -79,7 +80,7 @@ def ps() -> list[list[str]]:
         if info["submission_id"]:
             start, end = (info["start_time"] or 0) / 1000, (info["end_time"] or time.time() * 1000) / 1000
             began = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
-            message = _reason(info) if info["status"] == "FAILED" else ""
+            message = textwrap.shorten(_reason(info), 100) if info["status"] == "FAILED" else ""
             rows.append([info["submission_id"], info["status"].lower(), began, f"{end - start:.0f}", message])
     return rows
 
@@ -109,11 +110,16 @@ def wait(identifier: str) -> str:
     return f"{identifier} was cancelled" if info["status"] == "STOPPED" else f"{identifier} failed: {_reason(info)}"
 
 
-def cancel(identifier: str) -> None:
-    """Ask the job to save and stop, and wait until it has; after GRACE seconds Ray kills it."""
+def cancel(identifier: str) -> str:
+    """Ask the job to save and stop, and wait until it has; after GRACE seconds Ray kills it.
+
+    Returns:
+        How it ended: stopped, or (too late) succeeded or failed.
+    """
     if _info(identifier)["status"] not in ENDED:
         _json("POST", f"/api/jobs/{urllib.parse.quote(identifier)}/stop")
         wait(identifier)
+    return str(_info(identifier)["status"]).lower()
 
 
 def _tail(identifier: str) -> Iterator[str]:
@@ -208,6 +214,9 @@ def _json(method: str, path: str, data: Any = None) -> Any:
     try:
         return json.loads(_call(method, path, None if data is None else json.dumps(data).encode()) or b"null")
     except urllib.error.HTTPError as error:
+        if error.code == 404 and path.startswith("/api/jobs/"):
+            name = urllib.parse.unquote(path.split("/")[3])
+            raise CalotypeError(f"no submission is called {name!r}: `calotype ps` lists them") from None
         raise CalotypeError(_said(error)) from None
 
 

@@ -122,6 +122,18 @@ def status(home: Path | None = None) -> list[Row]:
     return rows
 
 
+def check_up(home: Path, root: str) -> None:
+    """Say at once, and not after a minute of asking again, that the embedded S3 is down.
+
+    Raises:
+        CalotypeError: it is, and `root` lies there.
+    """
+    known = read_credentials(home / "credentials")
+    address = known.get(SERVICES["s3"][0])
+    if root.startswith("s3://") and address and not outside("s3", known) and _free(int(address.rpartition(":")[2])):
+        raise CalotypeError(f"the embedded S3, where {root} lies, is down: run `calotype up`")
+
+
 # ------------------------------------------------------------------------------------------------------- start, stop
 
 
@@ -152,6 +164,8 @@ def _start(home: Path) -> None:
         entry.update(pid=_spawn(home, service, words, folder, environment), made_of=made_of)
         _save(home, state)
         started.append(service)
+    if started:
+        print(f"starting {', '.join(started)}", flush=True)
     for service in started:
         _wait(home, service, state)
 

@@ -36,17 +36,13 @@ def resolve(settings: config.Sample) -> config.Sample:
             raise ConfigError("prompts and prompts_file are both given: choose one")
         prompts = read_prompts(settings.prompts_file)
     prompts = checked(prompts, trained(record).conditions)
-    out = settings.out
-    if out and settings.cluster.kind != "local":
-        raise ConfigError(f"out={out} is a folder of this machine, where a cluster does not write: set cluster=local, "
-                          "or find the PNGs under the run's artifacts")  # fmt: skip
     return dataclasses.replace(
         settings,
         run=record.identity,
         run_digest=settings.run_digest or newest(record).digest,
         prompts=prompts,
         prompts_file="",
-        out=str(Path(out).absolute()) if out else "",
+        out=str(Path(settings.out).expanduser().absolute()) if settings.out else "",
     )
 
 
@@ -74,8 +70,6 @@ def draw(settings: config.Sample, worker: Worker, record: runs.Record) -> dict[s
     files["samples.json"] = json.dumps(told, indent=1).encode()
     record.check_current()
     write_all(record.artifacts.at("samples"), files)
-    if settings.out:
-        write_all(open_store(settings.out), files)
     tracker.picture("samples", shown, model.images)
     tracker.inputs(used=[source])
     tracker.finish()
