@@ -87,6 +87,7 @@ def line(stack: Any, pictures: Path) -> dict[str, list[str]]:
     for program, verb, job, *overrides in written("Your own images"):
         assert (program, verb) == ("calotype", "submit")
         overrides = [word.replace("/pictures/mine", str(pictures)) for word in overrides]
+        overrides = [word.replace("/pictures/drawn", f"{pictures} drawn") for word in overrides]
         words[job] = [verb, job, *overrides, *settings, *SMALLER[job]]
         calotype(*words[job])
     assert list(words) == list(SMALLER)
@@ -111,6 +112,10 @@ def test_the_line_leaves_its_figures(shown: dict[str, Any]) -> None:
     assert "seconds" not in shown
     assert all(run["result"]["seconds"] > 0 for run in shown["runs"])
     assert shown["validation_loss"] > 0
+
+
+def test_pictures_come_to_where_they_were_asked_for(line: dict[str, list[str]], pictures: Path) -> None:
+    assert Path(f"{pictures} drawn", "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_finished_is_not_submitted_again(line: dict[str, list[str]]) -> None:
