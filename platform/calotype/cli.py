@@ -82,11 +82,12 @@ def _already_done(job: str, config: Any) -> bool:
     if record is not None:
         runs.call(record, config.name)
         track.settle(record)
+        result = record.result()
         also = f", first called {record.name}" if record.name != config.name else ""
-        if hasattr(config, "train") and record.result()["images"] > config.train.images:
-            also += f"; it went on to {record.result()['images']:,} images, and its schedule does not ask how far"
+        if hasattr(config, "train") and result["images"] >= config.train.images + config.train.batch:
+            also += f"; it went on to {result['images']:,} images"
         print(f"{job} {config.name}: finished already, nothing to do (run {record.identity[:8]}{also})")
-        listing.show_result(record, record.result())
+        listing.show_result(record, result)
         _bring(job, config)
     return record is not None
 
@@ -96,7 +97,10 @@ def _bring(job: str, config: Any) -> None:
     if out := getattr(config, "out", ""):
         record = runs.load(config.root, compose.identity(job, config))
         assert record is not None
-        runs.fetch(record, "samples", out)
+        try:
+            runs.fetch(record, "samples", out)
+        except OSError as error:
+            raise CalotypeError(f"out={out} cannot be written ({error.strerror}): name another folder") from None
         print(f"look at {shlex.quote(str(Path(out) / 'grid.png'))}")
 
 

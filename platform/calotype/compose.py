@@ -41,20 +41,25 @@ def compose(job: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: unknown key or option, wrong type, missing value or impossible combination, in one sentence.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     store_schemas()
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-            node = hydra_compose(job, list(overrides))
-        return validated(job, node)
+        return validated(job, _composed(job, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_sentence(error, shipped("conf"))) from None
+
+
+def _composed(job: str, overrides: Sequence[str] = ()) -> Any:
+    """What Hydra makes of it: a DictConfig, unchecked, in which some settings may be missing."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        return hydra_compose(job, list(overrides))
 
 
 def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Sequence[str]) -> None:
@@ -149,20 +154,9 @@ def explained(job: str) -> str:
         if folder.name in (*(item.name for item in dataclasses.fields(cls)), "experiment", "debug"):
             lines.append(f"  {folder.name}: {', '.join(o for o, c in zip(options, chosen) if '/' not in o or c != o)}")
     lines += ["", "settings (override with NAME=VALUE; * is not part of the run's identity):"]
-    lines += _settings(cls, "", _defaults(job))
+    lines += _settings(cls, "", _composed(job))
     flags = "--cfg job (print the config)  -m (one run per combination)  -sc install=bash (shell completion)"
     return "\n".join([*lines, "", f"flags: {flags}"])
-
-
-def _defaults(job: str) -> Any:
-    """What the job composes to when nothing is chosen; some of it is missing."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-        return hydra_compose(job)
 
 
 def _settings(cls: Any, prefix: str, chosen: Any) -> list[str]:

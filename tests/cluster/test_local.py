@@ -157,7 +157,10 @@ def test_ports_are_kept_unless_taken_and_down_stops_all(only: Any) -> None:
     home = only("s3")
     first = local.up(home)[0]
     assert [row.health for row in local.status(home)] == ["up", "outside", "outside"]
+    local.check_up(home, "s3://calotype")
     assert local.down(home) == ["s3"]
+    with pytest.raises(CalotypeError, match=r"s3://calotype lies, is down: run `calotype up`"):
+        local.check_up(home, "s3://calotype")
     assert members(home) == []
     assert not psutil.pid_exists(int(first.pid)) or psutil.Process(int(first.pid)).status() == "zombie"
     assert local.up(home)[0].url == first.url

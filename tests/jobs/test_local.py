@@ -33,8 +33,10 @@ def job(started: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
         env = {"CALOTYPE_HOME": str(home), "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
         process = started(ROOT / "jobs" / f"{name}.py", *overrides, said=said, **env)
         process.join(240)
+        hung = process.is_alive()
         process.kill()
         output = said.read_text()
+        assert not hung, output[-6000:]
         assert (process.exitcode != 0) == fails, output[-6000:]
         return output
 
@@ -122,7 +124,7 @@ def test_a_job_that_cannot_start_says_why_in_one_line(job: Job, line: Path) -> N
 
 
 def test_hydra_flags_work_as_hydra_users_expect(job: Job, line: Path) -> None:
-    out = job("train_denoiser", "--cfg", "job", "autoencoder.path=run:mine", "optim.lr=3e-4", home=line)
+    out = job("train_denoiser", "autoencoder.path=run:mine", "--cfg", "job", "optim.lr=3e-4", home=line)
     assert "lr: 0.0003" in out
     assert "groups (choose with GROUP=OPTION)" in job("prepare", "--help", home=line)
     env = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "COMP_LINE": "x engine=ze", "COMP_POINT": "99"}

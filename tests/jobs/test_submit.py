@@ -189,6 +189,8 @@ def test_an_edited_checkout_submits_its_edits(root: str, tmp_path: Path) -> None
         "submit", "prepare", f"root={root}", "data.name=edited", "name=edited", checkout=checkout, cwd=tmp_path
     )
     assert "edited by hand" in out.split("submitted ", 1)[1]
+    assert "job_manager.py" not in out
+    assert "Running entrypoint" not in out
 
 
 def test_webdataset_alone_reads_what_was_written(root: str, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(2400)
 SPAWNED = Path(__file__).with_name("spawned.py")
 BATCH, EDGE = 8, 8
 STEPS = int(os.environ.get("CALOTYPE_TEST_STEPS", "40"))  # `make slow` takes 200
-THREE = min(60, STEPS // 2)  # of three ZeRO 3 workers, seconds each where there are two cores
+THREE = min(60, STEPS)  # of three ZeRO 3 workers, seconds each where there are two cores
 
 
 @pytest.fixture(scope="module")
