@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "diffusion.prediction": ("epsilon", "v_prediction"),
     "diffusion.schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "optim.schedule": ("constant", "cosine", "linear"),
+    "stream.on_error": ("strict", "quarantine"),
     "engine.kind": ("deepspeed", "torch"),
     "engine.stage": (0, 1, 2, 3),
     "engine.precision": ("fp32", "bf16", "fp16"),
@@ -56,6 +57,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.log_every": (1, 1e15),
     "train.checkpoint_every": (1, 1e15),
     "train.keep": (1, 1e6),
+    "stream.memory_mb": (1, 1e7),
+    "stream.readers": (1, 256),
+    "stream.workers": (0, 256),
+    "stream.error_budget": (0, 1e12),
+    "stream.cache_gb": (0.001, 1e7),
     "engine.micro_batch": (0, 1e7),
     "cluster.workers": (1, 1e6),
     "cluster.cpus": (1, 1e5),
@@ -204,8 +210,10 @@ def _check_condition(name: str, condition: Condition) -> None:
 
 def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
     train, cluster = config.train, config.cluster
-    if train.lanes < 0 or (train.lanes and train.batch % train.lanes):
-        raise ConfigError(f"train.lanes={train.lanes} does not divide train.batch={train.batch}")
+    if not 0 <= train.lanes <= train.batch:
+        raise ConfigError(
+            f"train.lanes={train.lanes} must be 0 to train.batch={train.batch}: lanes share its slots"
+        )
     if cluster.workers > train.batch:
         raise ConfigError(
             f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "

@@ -40,7 +40,7 @@ class Data:
     image_size: int = setting(32, "digits: edge in pixels that the 8x8 originals are resized to")
     held_out: float = setting(0.1, "share of samples held out, chosen by hash of the key")
     shard_samples: int = setting(10_000, "samples per shard")
-    chunk_samples: int = setting(256, "samples per chunk, the unit of order, range GET and verification (a few MB)")
+    chunk_samples: int = setting(256, "samples per chunk (unit of order, GET and hash), fewer where they exceed 4 MiB")
     max_pixels: int = setting(100_000_000, "images with more pixels are quarantined (decompression bombs)")
     max_caption: int = setting(4_096, "longer captions are quarantined, in characters")
     error_budget: int = setting(0, "quarantined samples allowed before the job fails", identity=False)
@@ -135,14 +135,27 @@ class Train:
 
     images: int = setting(1_000_000, "train until this many images were seen")
     batch: int = setting(256, "global batch: images per optimizer step, over all workers")
-    lanes: int = setting(0, "lanes of the global order; divides batch; 0 = batch (see docs of data/stream.py)")
-    window: int = setting(1_024, "samples per shuffle window of a lane")
+    lanes: int = setting(0, "lanes of the global order, each on a chunk of its own; 0 = batch (see data/order.py)")
+    window: int = setting(128, "samples per shuffle window of a lane")
     flip: bool = setting(False, "mirror images at random (autoencoder only)")
     log_every: int = setting(2_048, "images between metric points", identity=False)
     validate_every: int = setting(100_000, "images between validation losses; 0 for never", identity=False)
     sample_every: int = setting(100_000, "images between sample grids; 0 for never", identity=False)
     checkpoint_every: int = setting(100_000, "images between checkpoints", identity=False)
     keep: int = setting(2, "checkpoints kept", identity=False)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a training job reads its shards.  None of it changes what it reads."""
+
+    memory_mb: int = setting(2_048, "MiB of chunks that one worker holds, read ahead as far as it goes", identity=False)
+    readers: int = setting(8, "parallel range GETs of one worker", identity=False)
+    workers: int = setting(0, "loader processes of one worker; 0 reads and decodes in threads", identity=False)
+    on_error: str = setting("strict", "strict | quarantine: leave damaged samples out, by name", identity=False)
+    error_budget: int = setting(0, "samples that quarantine may leave out before the job fails", identity=False)
+    cache: str = setting("", "folder on a local disk that keeps chunks, for all workers of a node", identity=False)
+    cache_gb: float = setting(50.0, "GB that stream.cache may hold; what was used longest ago goes", identity=False)
 
 
 @dataclass(frozen=True)
@@ -218,6 +231,7 @@ class TrainAutoencoder(Job):
     l2_weight: float = setting(1.0, "weight of the squared error, which is added to the absolute error")
     optim: Optim = setting(Optim, "")
     train: Train = setting(Train, "")
+    stream: Stream = setting(Stream, "", identity=False)
     engine: Engine = setting(Engine, "")
 
 
@@ -244,6 +258,7 @@ class TrainDenoiser(Job):
     optim: Optim = setting(Optim, "")
     ema: EMA = setting(EMA, "")
     train: Train = setting(Train, "")
+    stream: Stream = setting(Stream, "", identity=False)
     engine: Engine = setting(Engine, "")
     sampler: Sampler = setting(Sampler, "of the grids drawn while it trains", identity=False)
     prompts: list[Any] = setting([], "drawn in the grids while it trains; texts or labels", identity=False)

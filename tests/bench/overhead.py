@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from calotype import config
 from calotype.compose import compose
-from calotype.data import cache, shards
+from calotype.data import Dataset, Stream, cache, shards
+from calotype.data.manifest import CACHE, Manifest
 from calotype.data.store import open_store
-from calotype.data.stream import Stream
 from calotype.environment import Worker
 from calotype.model import conditioner
 from calotype.model.denoiser import build_denoiser
@@ -36,7 +36,7 @@ SHAPE = (4, 8, 8)
 OVERRIDES = ["denoiser=unet_tiny", "autoencoder.path=x", "track=none", "cluster=local", "train.images=1"]
 
 
-def latents(folder: str, settings: config.TrainDenoiser) -> shards.Manifest:
+def latents(folder: str, settings: config.TrainDenoiser) -> Manifest:
     """Shards of 1,024 random latents with captions."""
     random = np.random.default_rng(0)
     tokens = conditioner.inputs(settings.conditions["text"], ["a handwritten digit seven"]).numpy()[0]
@@ -51,7 +51,7 @@ def latents(folder: str, settings: config.TrainDenoiser) -> shards.Manifest:
     ]
     row = shards.write_shard(open_store(folder), "latents.tar", samples, 128)
     meta = {"channel_mean": [0.0] * SHAPE[0], "channel_std": [1.0] * SHAPE[0]}
-    return shards.Manifest(shards.CACHE, "bench", ("latent.npy", "text.npy", "json"), (row,), meta)
+    return Manifest(CACHE, "bench", ("latent.npy", "text.npy", "json"), (row,), meta)
 
 
 def bare(settings: config.TrainDenoiser, diffusion: Diffusion) -> Callable[[Mapping[str, Tensor]], None]:
@@ -86,6 +86,7 @@ def measure(kind: str, steps: int, batch: int) -> dict[str, Any]:
     diffusion = Diffusion(settings.diffusion)
     with tempfile.TemporaryDirectory() as folder:
         manifest = latents(folder, settings)
+        source = Dataset(open_store(folder), manifest.shards)
         torch.manual_seed(0)
         engine = Engine(build_denoiser(settings, SHAPE), settings.optim, settings.engine, Worker(), 1, settings.ema)
         rows = denoiser.Rows(settings, manifest, conditioner.empty(settings.conditions))
@@ -104,10 +105,8 @@ def measure(kind: str, steps: int, batch: int) -> dict[str, Any]:
 
         task = loop.Task(
             engines={"denoiser": engine},
-            batches=lambda position: Stream(
-                open_store(folder), manifest.shards, seed=0, batch=batch, position=position
-            ),
-            prepare=lambda share: rows.of(share.samples, share.positions.tolist()),
+            batches=Stream(source, seed=0, batch=batch, arrays=("latent", "text")).at,
+            prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
             step=step,
         )
         loop.run(task, settings, Worker())

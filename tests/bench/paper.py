@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from calotype import cli, compose, runs
-from calotype.data.shards import load_dataset
+from calotype.data.manifest import load_dataset
 from calotype.data.store import open_store
 from calotype.environment import home
 from calotype.tasks import evaluate, sample

@@ -14,23 +14,18 @@ import pyarrow.parquet
 import pytest
 import webdataset
 from calotype.data import shards as rooms
-from calotype.data.shards import (
+from calotype.data.manifest import (
     CACHE,
     DATASET,
     Manifest,
-    Sample,
     Shard,
     columns_key,
-    existing_shard,
     held_out,
-    iterate,
     load_dataset,
     publish_dataset,
-    read_chunk,
-    read_sidecar,
     sidecar_key,
-    write_shard,
 )
+from calotype.data.shards import Sample, existing_shard, iterate, read_chunk, read_sidecar, write_shard
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import DataError
 from hypothesis import HealthCheck, given, settings

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from calotype.data import stream as rooms
 from calotype.data.files import FolderStore
-from calotype.data.shards import Sample, Shard, write_shard
+from calotype.data.manifest import Shard
+from calotype.data.shards import Sample, write_shard
 from calotype.data.store import open_store
 from calotype.data.stream import Order, Purpose, Stream, philox, slots
 from calotype.errors import ConfigError, DataError

@@ -16,8 +16,9 @@ import torch
 from calotype import runs
 from calotype.compose import as_data, build
 from calotype.config import Autoencoder, Cluster, Data, Engine, Optim, Track, Train, TrainAutoencoder
-from calotype.data import shards, stream
-from calotype.data.shards import Manifest, Sample
+from calotype.data import Dataset, Stream, shards
+from calotype.data.manifest import DATASET, Manifest, load_dataset, publish_dataset
+from calotype.data.shards import Sample
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
@@ -52,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, numbers in parts.items():
             samples = [Sample(f"{split}{n}", {"png": picture(n)}) for n in numbers]
             rows.append(shards.write_shard(store, f"shards/{split}-00000.tar", samples, 8, split))
-        shards.publish_dataset(store, Manifest(shards.DATASET, name, ("png",), tuple(rows)))
+        publish_dataset(store, Manifest(DATASET, name, ("png",), tuple(rows)))
     return root
 
 
@@ -99,7 +100,7 @@ def test_the_folder_is_diffusers_own_and_as_good_as_it_says(
     model = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     assert digests.encoder_digest(folder) == result["encoder_digest"]
     store = open_store(str(root)).at("datasets", "toy")
-    held_out = shards.iterate(store, shards.load_dataset(store).split("held_out"))
+    held_out = shards.iterate(store, load_dataset(store).split("held_out"))
     pixels = [np.asarray(Image.open(io.BytesIO(sample.members["png"]))) for sample in held_out]
     real = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_grids_show_held_out_images_beside_their_reconstructions(
     assert [key.split("+")[2] for key in grids] == ["256", "512"]
     grid = np.asarray(Image.open(io.BytesIO(record.artifacts.read(grids[-1]))))
     store = open_store(str(root)).at("datasets", "toy")
-    first = next(shards.iterate(store, shards.load_dataset(store).split("held_out")))
+    first = next(shards.iterate(store, load_dataset(store).split("held_out")))
     original = np.asarray(Image.open(io.BytesIO(first.members["png"])))
     assert np.array_equal(grid[:16, :16], original)
     assert 10 < np.abs(grid[:16, 16:32].astype(float) - original).mean() + 10 < 60
@@ -151,10 +152,9 @@ def test_randomness_belongs_to_positions(root: Path) -> None:
     for world in (1, 2):
         rows = []
         for rank in range(world):
-            batches = stream.Stream(
-                store, shards.load_dataset(store).split("train"), seed=0, batch=8, rank=rank, world=world, position=16
-            )
-            rows.append(task.prepared(next(iter(batches)), config, task._decoder(config)))
+            data, decode = Dataset(store, load_dataset(store).split("train")), task.Decoder(config.resolution, 10**6)
+            batches = Stream(data, seed=0, batch=8, rank=rank, world=world, decode=decode).at(16)
+            rows.append(task.prepared(next(iter(batches)), config))
             batches.close()
         made.append({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
     assert torch.equal(made[0]["pixels"], made[1]["pixels"])
@@ -165,13 +165,13 @@ def test_randomness_belongs_to_positions(root: Path) -> None:
 
 def test_flips_mirror_some_images_and_only_if_asked(root: Path) -> None:
     store = open_store(str(root)).at("datasets", "toy")
-    batches = stream.Stream(store, shards.load_dataset(store).split("train"), seed=0, batch=40)
-    batch = next(iter(batches))
-    batches.close()
-    plain, flipped = (
-        task.prepared(batch, config, task._decoder(config))["pixels"]
-        for config in (config_of(root), config_of(root, train=Train(flip=True)))
-    )
+    made = []
+    for config in (config_of(root), config_of(root, train=Train(flip=True))):
+        decode = task.Decoder(config.resolution, 10**6)
+        batches = Stream(Dataset(store, load_dataset(store).split("train")), seed=0, batch=40, decode=decode)
+        made.append(task.prepared(next(iter(batches)), config)["pixels"])
+        batches.close()
+    plain, flipped = made
     same = [torch.equal(a, b) for a, b in zip(plain, flipped)]
     assert all(s or torch.equal(a.flip(-1), b) for s, a, b in zip(same, plain, flipped))
     assert 8 < sum(same) < 32
@@ -194,11 +194,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_writes_nothing(root: Path)
 
 def test_resolve_names_the_data_set_by_its_digest(root: Path) -> None:
     store = open_store(str(root)).at("datasets", "toy")
-    assert config_of(root).data.digest == shards.load_dataset(store).digest
+    assert config_of(root).data.digest == load_dataset(store).digest
     empty = open_store(str(root)).at("datasets", "empty")
-    shards.publish_dataset(
-        empty, replace(shards.load_dataset(store), shards=shards.load_dataset(store).split("held_out"))
-    )
+    publish_dataset(empty, replace(load_dataset(store), shards=load_dataset(store).split("held_out")))
     with pytest.raises(ConfigError, match="dataset empty has no training images"):
         config_of(root, data=Data(name="empty"))
 

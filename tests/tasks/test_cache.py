@@ -17,7 +17,8 @@ import torch
 import webdataset
 from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding, TrainDenoiser
 from calotype.data import cache, shards
-from calotype.data.shards import Manifest, Sample, Shard
+from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset, sidecar_key
+from calotype.data.shards import Sample
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
@@ -55,8 +56,8 @@ def dataset(root: Path, sizes: dict[str, Sequence[int]] = SIZES, caption: str = 
                 samples.append(sample(number, caption))
                 number += 1
             rows.append(shards.write_shard(store, f"shards/{split}-{len(sizes)}-{index:05d}.tar", samples, 4, split))
-    manifest = Manifest(shards.DATASET, "toy", ("json", "png", "txt"), tuple(rows))
-    shards.publish_dataset(store, manifest)
+    manifest = Manifest(DATASET, "toy", ("json", "png", "txt"), tuple(rows))
+    publish_dataset(store, manifest)
     return manifest
 
 
@@ -113,7 +114,7 @@ def test_a_cache_holds_what_the_autoencoder_says_of_every_sample(config: CacheLa
     assert manifest.meta["shape"] == [4, 8, 8]
     assert {row.split for row in manifest.shards} == {"train", "held_out"}
     model = load_autoencoder(config.autoencoder).eval()
-    source = shards.load_dataset(root.at("datasets", "toy"))
+    source = load_dataset(root.at("datasets", "toy"))
     stored = list(shards.iterate(latents_of(config), manifest.shards))
     drawn = []
     for made, original in zip(stored, shards.iterate(root.at("datasets", "toy"), source.shards), strict=True):
@@ -237,7 +238,7 @@ def test_a_writer_whose_machine_differs_in_a_bit_takes_over_the_first_tar(config
     for entry in list(store.list()):
         store.delete(entry.key)
     shards.write_shard(store, key, theirs, unit.chunk_samples, unit.split, source_sha256=unit.sha256)
-    store.delete(shards.sidecar_key(key))  # the other machine died between tar and sidecar
+    store.delete(sidecar_key(key))  # the other machine died between tar and sidecar
     assert shards.existing_shard(store, key) is None
     made = task.make(config, Worker())(unit)
     assert made.shard.sha256 != mine.shard.sha256
@@ -248,10 +249,10 @@ def test_a_writer_whose_machine_differs_in_a_bit_takes_over_the_first_tar(config
 def test_a_new_dataset_version_costs_only_its_new_shards(config: CacheLatents) -> None:
     run(config)
     store = open_store(config.root).at("datasets", "toy")
-    old = shards.load_dataset(store)
+    old = load_dataset(store)
     extra = shards.write_shard(store, "shards/train-new-00000.tar", [sample(n, "a {}") for n in range(90, 93)], 4)
     moved = replace(old.shards[2], split="train")
-    shards.publish_dataset(store, replace(old, shards=(*old.shards[:2], moved, extra)))
+    publish_dataset(store, replace(old, shards=(*old.shards[:2], moved, extra)))
     newer = task.resolve(replace(config, data=Data(name="toy")))
     assert newer.data.digest != config.data.digest
     assert task.plan(newer) == [task_shards(newer)[0], extra]  # the one that is shown, and the new one
@@ -276,7 +277,7 @@ def test_pixel_space_stores_the_pixels(tmp_path: Path, weights: str) -> None:
 
 
 def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
-    return shards.load_dataset(open_store(config.root).at("datasets", "toy")).shards
+    return load_dataset(open_store(config.root).at("datasets", "toy")).shards
 
 
 def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents) -> None:
@@ -346,7 +347,7 @@ def test_resolve_refuses_what_is_not_there(tmp_path: Path, weights: str, config:
     with pytest.raises(ConfigError, match=r"encoding\.resolution=17 is not a multiple of 2"):
         config_of(tmp_path, weights, encoding=Encoding(resolution=17))
     store = open_store(config.root).at("datasets", "mute")
-    shards.publish_dataset(store, Manifest(shards.DATASET, "mute", ("png",), task_shards(config)))
+    publish_dataset(store, Manifest(DATASET, "mute", ("png",), task_shards(config)))
     with pytest.raises(
         ConfigError, match=r"conditions\.text\.source=text but the samples of dataset mute have no \.txt"
     ):

@@ -17,6 +17,7 @@ import torch
 from calotype import config as C
 from calotype.compose import as_data
 from calotype.data import cache, shards
+from calotype.data.manifest import DATASET, Manifest, publish_dataset
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError
@@ -59,7 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
                 )
             )
         rows.append(shards.write_shard(store, f"shards/{split}-0-00000.tar", samples, 16, split))
-    shards.publish_dataset(store, shards.Manifest(shards.DATASET, "dots", ("png", "txt", "json"), tuple(rows), {}))
+    publish_dataset(store, Manifest(DATASET, "dots", ("png", "txt", "json"), tuple(rows), {}))
     made = cache_task.resolve(C.CacheLatents(**common(str(root))))
     encode = cache_task.make(made, Worker())
     cache_task.commit(made, [encode(unit) for unit in cache_task.plan(made)])
@@ -288,10 +289,10 @@ def test_rows_depend_on_position_alone(root: str) -> None:
     from calotype.model import conditioner
 
     rows = denoiser.Rows(config, manifest, conditioner.empty(config.conditions))
-    together = rows.of(samples, [5, 6, 7, 8, 9, 10])
-    alone = rows.of(samples[2:3], [7])
+    together = rows.of(cache.stacked(samples, ["text"]), [5, 6, 7, 8, 9, 10])
+    alone = rows.of(cache.stacked(samples[2:3], ["text"]), [7])
     assert all(torch.equal(together[name][2:3], alone[name]) for name in together)
-    other = rows.of(samples[2:3], [8])
+    other = rows.of(cache.stacked(samples[2:3], ["text"]), [8])
     assert not torch.equal(alone["noise"], other["noise"])
     assert abs(float(together["noise"].std()) - 1) < 0.1
 
@@ -305,10 +306,12 @@ def test_conditions_are_dropped_as_often_as_asked(root: str) -> None:
     latents = store.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     sample = next(shards.iterate(latents, manifest.split("train")))
     empty = conditioner.empty(config.conditions)
-    rows = denoiser.Rows(config, manifest, empty).of([sample] * 2000, list(range(2000)))
+    rows = denoiser.Rows(config, manifest, empty).of(cache.stacked([sample] * 2000, ["text"]), list(range(2000)))
     share = (rows["cond.text"] == empty["text"]).all(1).float().mean()
     assert abs(float(share) - 0.2) < 0.03
-    kept = denoiser.Rows(config, manifest, empty).of([sample] * 50, list(range(50)), drop=False)
+    kept = denoiser.Rows(config, manifest, empty).of(
+        cache.stacked([sample] * 50, ["text"]), list(range(50)), drop=False
+    )
     assert not (kept["cond.text"] == empty["text"]).all(1).any()
 
 

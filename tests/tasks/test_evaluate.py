@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from calotype import compose, config, runs
-from calotype.data.shards import load_dataset
+from calotype.data.manifest import load_dataset
 from calotype.data.sources import PHRASINGS, UNSEEN_PHRASINGS, WORDS, caption_of
 from calotype.data.store import open_store
 from calotype.errors import ConfigError

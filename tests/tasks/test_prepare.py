@@ -19,6 +19,7 @@ from calotype.compose import as_data, compose, identity
 from calotype.config import Cluster, Data, Prepare, Track
 from calotype.data import shards
 from calotype.data.items import split
+from calotype.data.manifest import Manifest, columns_key, held_out, load_dataset
 from calotype.data.sources import open_source
 from calotype.data.store import open_store
 from calotype.environment import Worker
@@ -59,8 +60,8 @@ def files(config: Prepare) -> dict[str, tuple[bytes, int]]:
     return {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in found.items()}
 
 
-def manifest(config: Prepare) -> shards.Manifest:
-    return shards.load_dataset(prepare.dataset_store(config))
+def manifest(config: Prepare) -> Manifest:
+    return load_dataset(prepare.dataset_store(config))
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -104,7 +105,7 @@ def test_plain_webdataset_reads_every_digit_once(digits: tuple[Prepare, dict[str
             assert 0 <= json.loads(sample["json"])["label"] <= 9
             assert sample["txt"].decode()
     assert set(seen) == {f"digit-{index:04d}" for index in range(1_797)}
-    assert all((part == "held_out") == shards.held_out(key, 0.1) for key, part in seen.items())
+    assert all((part == "held_out") == held_out(key, 0.1) for key, part in seen.items())
 
 
 def test_columns_hold_caption_label_and_size(digits: tuple[Prepare, dict[str, Any]]) -> None:
@@ -112,7 +113,7 @@ def test_columns_hold_caption_label_and_size(digits: tuple[Prepare, dict[str, An
 
     config, _ = digits
     shard = manifest(config).shards[0]
-    table = pq.read_table(Path(config.root, "datasets/digits", shards.columns_key(shard.key))).to_pylist()
+    table = pq.read_table(Path(config.root, "datasets/digits", columns_key(shard.key))).to_pylist()
     assert len(table) == shard.samples
     for row, sample in zip(table, shards.iterate(prepare.dataset_store(config), [shard]), strict=True):
         assert row["key"] == sample.key

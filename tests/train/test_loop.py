@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from calotype import config
-from calotype.data.stream import philox
+from calotype.data.draws import philox
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record

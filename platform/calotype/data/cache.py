@@ -14,10 +14,7 @@ draws and scaling happen when they are read.
 
 from __future__ import annotations
 
-import functools
-import io
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +23,9 @@ import numpy as np
 from calotype.compose import digest_of
 from calotype.config import CacheLatents, Condition, TrainDenoiser
 from calotype.data.images import PREPROCESSING
-from calotype.data.shards import CACHE, Manifest, Sample, Shard, load_dataset, sidecar_key
+from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset, sidecar_key
+from calotype.data.npy import from_npy, to_npy
+from calotype.data.shards import Sample
 from calotype.data.store import Missing, Store
 from calotype.errors import ConfigError, DataError
 
@@ -122,7 +121,7 @@ def find_cache(root: Store, config: CacheLatents | TrainDenoiser) -> Manifest | 
         found = Manifest.from_bytes(store.read("manifest.json"))
     except Missing:
         return None
-    if found.format != CACHE or found.meta["encoding"] != encoding or found.meta["dataset"] != config.data.digest:
+    if found.format not in CACHES or found.meta["encoding"] != encoding or found.meta["dataset"] != config.data.digest:
         raise DataError(f"{store.uri}/manifest.json is not the manifest of this cache: it was changed")
     return found
 
@@ -219,6 +218,13 @@ def encode_sample(
     return Sample(sample.key, members)
 
 
+def stacked(samples: Iterable[Sample], conditions: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of stored samples, stacked: `latent` (n, 2, C, h, w), and each named condition (n, ...)."""
+    names = ("latent", *conditions)
+    stored = [decode_sample(sample, names[1:]) for sample in samples]
+    return {name: np.stack([entry[name] for entry in stored]) for name in names}
+
+
 def decode_sample(sample: Sample, conditions: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of a stored sample: `latent`, and each named condition; views of its bytes, read-only.
 
@@ -233,36 +239,6 @@ def decode_sample(sample: Sample, conditions: Iterable[str]) -> dict[str, np.nda
             )
         made[name] = from_npy(sample.members[f"{name}.npy"])
     return made
-
-
-def to_npy(array: np.ndarray[Any, Any]) -> bytes:
-    """.npy, version 1.0, row-major, little-endian."""
-    buffer = io.BytesIO()
-    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(array.shape)
-    np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def from_npy(data: bytes | memoryview) -> np.ndarray[Any, Any]:
-    """A read-only view; several times faster than np.load, because headers repeat."""
-    head = bytes(data[:10])
-    if head[:8] != b"\x93NUMPY\x01\x00":
-        raise DataError("an array of a cache is not in .npy format 1.0")
-    start = 10 + int.from_bytes(head[8:], "little")
-    dtype, shape = _header(bytes(data[:start]))
-    if len(data) != start + dtype.itemsize * math.prod(shape):
-        raise DataError(f"an array of a cache has {len(data) - start} bytes, its header says {dtype} {shape}")
-    return np.frombuffer(data, dtype, offset=start).reshape(shape)
-
-
-@functools.lru_cache(1024)
-def _header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    stream = io.BytesIO(head)
-    np.lib.format.read_magic(stream)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran or dtype.hasobject:
-        raise DataError(f"an array of a cache is not plain and row-major but {dtype}, fortran_order={fortran}")
-    return dtype, shape
 
 
 # ------------------------------------------------------------------------------------------ statistics

@@ -60,6 +60,12 @@ class Store(ABC):
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes [start, start + length) of a key, fewer where it ends before; `Missing` if there is none."""
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from byte `start` of a key on; how many bytes there were, fewer where the key ends before."""
+        data = self.read(key, start, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     @abstractmethod
     def publish(self, key: str, data: bytes | Path) -> bool:
         """Make the key, whole or not at all; False, and nothing changed, if it exists already."""
@@ -129,6 +135,11 @@ class FolderStore(Store):
         with self._opened(key) as file:
             file.seek(start)
             return file.read(-1 if length is None else length)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        with self._opened(key) as file:
+            file.seek(start)
+            return file.readinto(buffer)  # type: ignore[attr-defined]  # of a BufferedReader
 
     def publish(self, key: str, data: bytes | Path) -> bool:
         partial, final = self._partial(key, data)

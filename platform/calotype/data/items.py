@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from calotype.config import Data
 from calotype.data.images import FORMATS, upright
-from calotype.data.shards import Sample, held_out
+from calotype.data.manifest import held_out
+from calotype.data.shards import Sample
 from calotype.errors import DataError
 
 # Formats whose bytes are kept as they are when every reader sees the same RGB picture in them.

@@ -1,30 +1,33 @@
-"""WebDataset shards with sidecars, and the manifests that name them (formats v1).
+"""WebDataset shards and their sidecars (formats v2; v1 is read).
 
 A shard is a plain tar, the same bytes whenever it is written.  Its samples lie in chunks: the unit of order, of range
-GET and of verification.  The sidecar says where every chunk and member lies; the manifest holds one row per shard and
-is written last.  Not one byte of a shard is used before its hash was checked: a tar library reads a cut tar silently.
+GET and of verification.  The sidecar says where every chunk lies, and its hash; what it would say of single members
+stands in the tar's own headers, so that a reader of a few chunks does not fetch a list of all samples.  Not one byte of
+a shard is used before its hash was checked: a tar library reads a cut tar silently.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
-import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
+from calotype.data import tar
+from calotype.data.draws import Ints
+from calotype.data.manifest import ROW, Shard, canonical, columns_key, parsed, shard_of, sidecar_key
 from calotype.data.store import Missing, Store
 from calotype.errors import DataError
 
-DATASET, CACHE, SIDECAR = "calotype.dataset/1", "calotype.cache/1", "calotype.sidecar/1"
-BLOCK = 512  # of a tar, in bytes
+SIDECAR, SIDECAR_1 = "calotype.sidecar/2", "calotype.sidecar/1"
+CHUNK = 4 * 2**20  # bytes that a chunk should not exceed by much: enough for one connection, few enough to mix
 PART = 16 * 2**20  # bytes per read when a whole shard is compared
 _KEY = re.compile(r"(?!__)[^./\\\x00-\x1f][^.\\\x00-\x1f]*(?<!/)")
 _MEMBER = re.compile(r"(?!__)[a-z0-9_\-]+(\.[a-z0-9_\-]+)*")  # WebDataset lowers names and skips __meta__ files
@@ -39,101 +42,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One manifest row.  Every chunk holds `chunk_samples` samples but the last: the order needs nothing else."""
-
-    key: str
-    bytes: int
-    samples: int
-    chunk_samples: int
-    sha256: str
-    sidecar_sha256: str
-    columns_sha256: str = ""
-    split: str = "train"
-    source_sha256: str = ""  # of the shard that this one was encoded from
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.samples // self.chunk_samples)
-
-    def chunk_counts(self) -> list[int]:
-        """Samples per chunk."""
-        return [min(self.chunk_samples, self.samples - start) for start in range(0, self.samples, self.chunk_samples)]
-
-
-ROW = tuple(item.name for item in fields(Shard))
-
-
-@dataclass(frozen=True)
 class Sidecar:
-    """Where everything of one shard lies.  Chunk i is bytes [offsets[i], offsets[i + 1]) with SHA-256 hashes[i]."""
+    """Where everything of one shard lies.  Chunk i is bytes [offsets[i], offsets[i + 1]) with hash hashes[i]."""
 
-    offsets: np.ndarray  # (chunks + 1,) int64
+    offsets: Ints  # (chunks + 1,)
     hashes: tuple[str, ...]
-    keys: tuple[str, ...]
-    members: dict[str, dict[str, list[int]]]  # name -> {"offsets", "sizes"} of the data, -1 where a sample lacks it
-    arrays: dict[str, dict[str, Any]]  # .npy members -> {"dtype", "shape"}, shape None where they differ
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a dataset or a cache is.  The SHA-256 of its canonical bytes names it in every run."""
-
-    format: str
-    name: str
+    blake3: bool  # else SHA-256, in sidecars of version 1
     members: tuple[str, ...]
-    shards: tuple[Shard, ...]
-    meta: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, dict[str, Any]]  # .npy members -> {"dtype", "shape"}, None where they differ
 
-    def to_bytes(self) -> bytes:
-        """Canonical JSON; rows as arrays under `fields`, because there may be 10^5 of them."""
-        rows = [list(astuple(shard)) for shard in self.shards]
-        head = {"format": self.format, "name": self.name, "members": list(self.members), "meta": self.meta}
-        return _canonical(head | {"totals": self.totals(), "fields": list(ROW), "shards": rows})
+    def span(self, index: int) -> tuple[int, int]:
+        """(start, bytes) of a chunk."""
+        return int(self.offsets[index]), int(self.offsets[index + 1] - self.offsets[index])
 
-    @staticmethod
-    def from_bytes(data: bytes) -> Manifest:
-        found = _parsed(data, "a manifest")
-        if found.get("format") not in (DATASET, CACHE):
-            raise DataError(f"a manifest of format {found.get('format')!r} is newer or other than {DATASET}, {CACHE}")
-        try:
-            shards = tuple(Shard(**dict(zip(found["fields"], row, strict=True))) for row in found["shards"])
-            head = (found["format"], found["name"], tuple(found["members"]))
-            return Manifest(*head, shards, found["meta"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"a manifest of format {found['format']} lacks or has too much of: {error}") from error
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    def split(self, name: str) -> tuple[Shard, ...]:
-        return tuple(shard for shard in self.shards if shard.split == name)
-
-    def totals(self) -> dict[str, dict[str, int]]:
-        """split -> {"shards", "samples", "bytes"}."""
-        totals: dict[str, dict[str, int]] = {}
-        for shard in self.shards:
-            total = totals.setdefault(shard.split, {"shards": 0, "samples": 0, "bytes": 0})
-            for name, amount in (("shards", 1), ("samples", shard.samples), ("bytes", shard.bytes)):
-                total[name] += amount
-        return totals
-
-
-def held_out(key: str, share: float) -> bool:
-    """Whether a sample belongs to the held-out split: by its key alone, so that it never moves."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2.0**64
+    def fits(self, index: int, data: tar.Bytes) -> bool:
+        """Whether these are the bytes of the chunk."""
+        made = blake3(data).hexdigest() if self.blake3 else hashlib.sha256(data).hexdigest()
+        return made == self.hashes[index]
 
 
 # ---------------------------------------------------------------------------------------------- writing
-
-
-def sidecar_key(key: str) -> str:
-    return f"{key.removesuffix('.tar')}.sidecar.json"
-
-
-def columns_key(key: str) -> str:
-    return f"{key.removesuffix('.tar')}.columns.parquet"
 
 
 def write_shard(
@@ -144,21 +72,31 @@ def write_shard(
     split: str = "train",
     columns: Mapping[str, list[Any]] | None = None,
     source_sha256: str = "",
+    buckets: Sequence[int] = (),
 ) -> Shard:
     """Publish tar, columns (one value per sample), sidecar, in this order; the sidecar says that all of it is there.
 
     Written again with the same samples it returns the same row; `DataError` if other bytes lie under the key.
+
+    Args:
+        chunk_samples: at most; fewer where that many would be more than about CHUNK bytes.
+        buckets: of every sample, for samples of several shapes; samples of one bucket lie together.
     """
     if not samples or chunk_samples < 1:
         raise DataError(f"{store.uri}/{key}: a shard needs at least one sample, and one sample per chunk")
     with tempfile.TemporaryDirectory(prefix="calotype-") as folder:
         path = Path(folder, "shard.tar")
-        content = _write_tar(path, samples, chunk_samples, f"{store.uri}/{key}")
+        content = _write_tar(path, samples, chunk_samples, _runs(buckets), f"{store.uri}/{key}")
         if not store.publish(key, path) and _sha256_of(store, key) != content["sha256"]:
             raise DataError(f"{store.uri}/{key} exists with other bytes: delete it if no manifest names it")
     columns_sha256 = _publish_columns(store, columns_key(key), samples, columns) if columns is not None else ""
     row = {"split": split, "source_sha256": source_sha256, "columns_sha256": columns_sha256}
-    data = _canonical({"format": SIDECAR} | row | content)
+    return publish_sidecar(store, key, row | content)
+
+
+def publish_sidecar(store: Store, key: str, content: Mapping[str, Any]) -> Shard:
+    """Finish a shard: the row that its sidecar gives.  `content`: the fields of a row, chunks, members, arrays."""
+    data = canonical({"format": SIDECAR, **content})
     if not store.publish(sidecar_key(key), data) and store.read(sidecar_key(key)) != data:
         raise DataError(f"{store.uri}/{sidecar_key(key)} exists with other bytes: delete it if no manifest names it")
     return _row(key, data)
@@ -177,46 +115,73 @@ def existing_shard(store: Store, key: str) -> Shard | None:
 
 
 def _row(key: str, sidecar: bytes) -> Shard:
-    found = _parsed(sidecar, sidecar_key(key), SIDECAR)
-    known = {name: found[name] for name in ROW if name not in ("key", "sidecar_sha256")}
-    return Shard(key=key, sidecar_sha256=hashlib.sha256(sidecar).hexdigest(), **known)
+    found = parsed(sidecar, sidecar_key(key), SIDECAR, SIDECAR_1)
+    known = {name: found[name] for name in ROW if name in found}
+    return shard_of(known | {"key": key, "sidecar_sha256": hashlib.sha256(sidecar).hexdigest()})
 
 
-def _write_tar(path: Path, samples: Sequence[Sample], chunk_samples: int, where: str) -> dict[str, Any]:
+def _runs(buckets: Sequence[int]) -> list[list[int]]:
+    """[bucket, samples] of every run of equal numbers."""
+    runs: list[list[int]] = []
+    for bucket in buckets:
+        if not runs or runs[-1][0] != bucket:
+            runs.append([bucket, 0])
+        runs[-1][1] += 1
+    return runs
+
+
+def _write_tar(
+    path: Path, samples: Sequence[Sample], most: int, buckets: list[list[int]], where: str
+) -> dict[str, Any]:
     """Write the tar; return what its sidecar says of it."""
-    whole, chunk = hashlib.sha256(), hashlib.sha256()
     names = sorted({name for sample in samples for name in sample.members})
-    members = {name: {"offsets": [-1] * len(samples), "sizes": [-1] * len(samples)} for name in names}
-    offsets, hashes, position = [0], [], 0
     _check_names(samples, names, where)
+    if len({bucket for bucket, _ in buckets}) < len(buckets) or sum(n for _, n in buckets) != len(samples) * bool(
+        buckets
+    ):
+        raise DataError(f"{where}: there must be a bucket for every sample, and those of one bucket must lie together")
+    sizes = [sum(tar.BLOCK + tar.padded(len(data)) for data in sample.members.values()) for sample in samples]
+    chunk_samples = max(1, min(most, CHUNK * len(samples) // sum(sizes)))
+    ends = set(np.cumsum(_chunks(len(samples), chunk_samples, buckets)).tolist())
+    whole, chunk = hashlib.sha256(), blake3()
+    offsets, hashes, position = [0], [], 0
     with open(path, "wb") as file:
         for index, sample in enumerate(samples):
             for name in sorted(sample.members):
                 data = sample.members[name]
-                size = len(data)
-                members[name]["offsets"][index], members[name]["sizes"][index] = position + BLOCK, size
-                for piece in (_header(f"{sample.key}.{name}", size, where), data, bytes(-size % BLOCK)):
+                for piece in (_header(f"{sample.key}.{name}", len(data), where), data, bytes(-len(data) % tar.BLOCK)):
                     file.write(piece)
                     whole.update(piece)
                     chunk.update(piece)
-                position += BLOCK + size + (-size % BLOCK)
-            if (index + 1) % chunk_samples == 0 or index + 1 == len(samples):
+            position += sizes[index]
+            if index + 1 in ends:
                 offsets.append(position)
                 hashes.append(chunk.hexdigest())
-                chunk = hashlib.sha256()
-        end = bytes(2 * BLOCK)
-        file.write(end)
-        whole.update(end)
+                chunk = blake3()
+        file.write(tar.END)
+        whole.update(tar.END)
     return {
-        "bytes": position + len(end),
+        "bytes": position + len(tar.END),
         "samples": len(samples),
         "chunk_samples": chunk_samples,
+        "chunk_bytes": int(np.diff(offsets).max()),
+        "buckets": buckets,
         "sha256": whole.hexdigest(),
-        "chunks": {"offsets": offsets, "sha256": hashes},
-        "keys": [sample.key for sample in samples],
-        "members": members,
+        "chunks": {"offsets": offsets, "blake3": hashes},
+        "members": names,
         "arrays": {name: _arrays(samples, name, where) for name in names if name.endswith("npy")},
     }
+
+
+def _chunks(samples: int, most: int, buckets: list[list[int]]) -> list[int]:
+    return [min(most, size - start) for _, size in buckets or [[0, samples]] for start in range(0, size, most)]
+
+
+def _header(name: str, size: int, where: str) -> bytes:
+    try:
+        return tar.header(name, size)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _check_names(samples: Sequence[Sample], names: list[str], where: str) -> None:
@@ -228,16 +193,6 @@ def _check_names(samples: Sequence[Sample], names: list[str], where: str) -> Non
     for name in names:
         if not _MEMBER.fullmatch(name):
             raise DataError(f"{where}: {name!r} is no member name: a-z 0-9 _ - and dots between them")
-
-
-def _header(name: str, size: int, where: str) -> bytes:
-    """A ustar header without time, owner or anything else that two writers could differ in."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = size, 0o644, 0
-    try:
-        return info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    except (ValueError, UnicodeError) as error:
-        raise DataError(f"{where}: {name!r} does not fit into a tar header ({error}): shorten the key") from error
 
 
 def _arrays(samples: Sequence[Sample], name: str, where: str) -> dict[str, Any]:
@@ -278,22 +233,6 @@ def _sha256_of(store: Store, key: str) -> str:
     return total.hexdigest()
 
 
-def _canonical(value: Any) -> bytes:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return f"{text}\n".encode()
-
-
-def _parsed(data: bytes, what: str, expected: str = "") -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-        assert isinstance(found, dict)
-    except (ValueError, AssertionError) as error:
-        raise DataError(f"{what} is not the JSON it should be: {error}") from error
-    if expected and found.get("format") != expected:
-        raise DataError(f"{what} has format {found.get('format')!r}, this version reads {expected}")
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -304,60 +243,57 @@ def read_sidecar(store: Store, shard: Shard) -> Sidecar:
         raise DataError(
             f"{store.uri}/{sidecar_key(shard.key)} is not what the manifest names: it was changed or replaced"
         )
-    found = _parsed(data, sidecar_key(shard.key), SIDECAR)
+    found = parsed(data, sidecar_key(shard.key), SIDECAR, SIDECAR_1)
+    modern = found["format"] == SIDECAR
     offsets = np.asarray(found["chunks"]["offsets"], np.int64)
-    hashes, keys = tuple(found["chunks"]["sha256"]), tuple(found["keys"])
-    if len(keys) != shard.samples or len(hashes) != shard.chunks or found["chunk_samples"] != shard.chunk_samples:
+    hashes = tuple(found["chunks"]["blake3" if modern else "sha256"])
+    rising = len(offsets) == len(hashes) + 1 and not offsets[0] and (np.diff(offsets) > 0).all()
+    if not rising or len(hashes) != shard.chunks or found["chunk_samples"] != shard.chunk_samples:
         raise DataError(f"{store.uri}/{shard.key}: the sidecar's samples or chunks are not those of the manifest")
-    return Sidecar(offsets, hashes, keys, found["members"], found["arrays"])
+    return Sidecar(offsets, hashes, modern, tuple(found["members"]), found["arrays"])
+
+
+def verified(where: str, shard: Shard, sidecar: Sidecar, index: int, data: tar.Bytes, have: int) -> tar.Table:
+    """What lies where in a chunk whose first `have` bytes are in `data`, after all of it was checked.
+
+    Raises:
+        DataError: it is cut, damaged, or holds other samples than it should; names the shard (`where`) and chunk.
+    """
+    start, size = sidecar.span(index)
+    if have != size:
+        raise DataError(f"{where} is cut: chunk {index} should end at byte {start + size}, has {have} of {size} bytes")
+    if not sidecar.fits(index, data):
+        raise DataError(f"{where} is damaged or replaced: chunk {index} (from byte {start} on) has another hash")
+    found = tar.table(data, f"{where}, chunk {index}")
+    if len(found.keys) != (expected := shard.chunk_counts()[index]):
+        raise DataError(f"{where}: chunk {index} holds {len(found.keys)} samples, the manifest says {expected}")
+    return found
 
 
 def read_chunk(store: Store, shard: Shard, sidecar: Sidecar, index: int) -> list[Sample]:
     """The samples of one chunk, by one range GET, verified; members are views of its one buffer."""
-    start, stop = int(sidecar.offsets[index]), int(sidecar.offsets[index + 1])
-    return open_chunk(store, shard, start, stop, sidecar.hashes[index], index)
+    data = store.read(shard.key, *sidecar.span(index))
+    return samples_of(data, verified(f"{store.uri}/{shard.key}", shard, sidecar, index, data, len(data)))
 
 
-def open_chunk(store: Store, shard: Shard, start: int, stop: int, sha256: str, index: int) -> list[Sample]:
-    """As `read_chunk`, for a reader that keeps no sidecars but (start, stop, hash) per chunk."""
-    where = f"{store.uri}/{shard.key}"
-    data = store.read(shard.key, start, stop - start)
-    if len(data) != stop - start:
-        raise DataError(f"{where} is cut: chunk {index} should end at byte {stop}, {len(data)} of its bytes are there")
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise DataError(f"{where} is damaged or replaced: chunk {index} (bytes {start}-{stop}) has another hash")
-    samples = _untar(data)
-    expected = min(shard.chunk_samples, shard.samples - index * shard.chunk_samples)
-    if len(samples) != expected:
-        raise DataError(f"{where}: chunk {index} holds {len(samples)} samples, the manifest says {expected}")
-    return samples
-
-
-def _untar(data: bytes) -> list[Sample]:
-    """Consecutive ustar entries grouped by key; verified bytes, so they are as `_write_tar` left them."""
-    samples: list[Sample] = []
-    view, position = memoryview(data), 0
-    while position < len(data):
-        name = data[position : position + 100].rstrip(b"\0")
-        if prefix := data[position + 345 : position + 500].rstrip(b"\0"):
-            name = prefix + b"/" + name
-        size = int(data[position + 124 : position + 135], 8)
-        key, _, member = name.decode().partition(".")
-        if not samples or samples[-1].key != key:
-            samples.append(Sample(key, {}))
-        samples[-1].members[member] = view[position + BLOCK : position + BLOCK + size]
-        position += BLOCK + size + (-size % BLOCK)
-    return samples
+def samples_of(data: tar.Bytes, table: tar.Table) -> list[Sample]:
+    """Samples whose members are views of the data."""
+    view = memoryview(data)
+    made = [Sample(key, {}) for key in table.keys]
+    for name, (offsets, sizes) in table.members.items():
+        for sample, offset, size in zip(made, offsets.tolist(), sizes.tolist()):
+            if offset >= 0:
+                sample.members[name] = view[offset : offset + size]
+    return made
 
 
 def read_tar(store: Store, key: str) -> list[Sample]:
     """The samples of a tar whose sidecar is not there (yet): what another writer of the same shard published."""
     data = store.read(key)
-    try:
-        assert data[-2 * BLOCK :] == bytes(2 * BLOCK)
-        return _untar(data[: -2 * BLOCK])
-    except (ValueError, AssertionError) as error:
-        raise DataError(f"{store.uri}/{key} is no shard of Calotype's: delete it if no manifest names it") from error
+    where = f"{store.uri}/{key}"
+    if data[-2 * tar.BLOCK :] != tar.END:
+        raise DataError(f"{where} is no shard of Calotype's: delete it if no manifest names it")
+    return samples_of(data, tar.table(memoryview(data)[: -2 * tar.BLOCK], where))
 
 
 def iterate(store: Store, shards: Sequence[Shard]) -> Iterator[Sample]:
@@ -368,32 +304,13 @@ def iterate(store: Store, shards: Sequence[Shard]) -> Iterator[Sample]:
             yield from read_chunk(store, shard, sidecar, index)
 
 
-# -------------------------------------------------------------------------------------------- datasets
+def keys_of(store: Store, shard: Shard) -> list[str] | None:
+    """Keys of the shard's samples, from its columns; None where it has none."""
+    import pyarrow.parquet
 
-
-def publish_dataset(store: Store, manifest: Manifest) -> str:
-    """Make it the newest version under `manifests/`, unless it is already; returns its digest."""
-    data = manifest.to_bytes()
-    while True:
-        versions = _versions(store)
-        if not versions or store.read(versions[-1]) != data:
-            newest = int(Path(versions[-1]).stem) if versions else 0
-            if not store.publish(f"manifests/{newest + 1:06d}.json", data):
-                continue  # another writer took the number: look again
-        return manifest.digest
-
-
-def load_dataset(store: Store, digest: str = "") -> Manifest:
-    """The version with this digest, or the newest."""
-    for key in reversed(_versions(store)):
-        data = store.read(key)
-        if not digest or hashlib.sha256(data).hexdigest() == digest:
-            return Manifest.from_bytes(data)
-    if digest:
-        raise DataError(f"{store.uri} has no version with digest {digest}: correct data.digest or leave it empty")
-    raise DataError(f"there is no dataset at {store.uri}: run the job `prepare` first, or correct data.name")
-
-
-def _versions(store: Store) -> list[str]:
-    keys = [entry.key for entry in store.list("manifests/") if re.fullmatch(r"manifests/\d{6,}\.json", entry.key)]
-    return sorted(keys, key=lambda key: int(Path(key).stem))
+    if not shard.columns_sha256:
+        return None
+    data = store.read(columns_key(shard.key))
+    if hashlib.sha256(data).hexdigest() != shard.columns_sha256:
+        raise DataError(f"{store.uri}/{columns_key(shard.key)} is not what the manifest names: it was changed")
+    return list(pyarrow.parquet.read_table(io.BytesIO(data), columns=["key"])["key"].to_pylist())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import ssl
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +22,12 @@ from urllib.parse import unquote, urlsplit
 
 import boto3
 import botocore.exceptions
+import botocore.httpsession
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from calotype.data.files import PART, Entry, FolderStore, Missing, Names, Store, checked
+from calotype.data.get import Getter, Gone, Refused
 from calotype.errors import CalotypeError, ConfigError, Unreachable
 
 __all__ = ["Entry", "FolderStore", "Missing", "S3Store", "Store", "open_store"]
@@ -78,6 +82,7 @@ def _client(attempts: int = 8) -> Any:
                 connect_timeout=5,
                 read_timeout=60,
                 max_pool_connections=CONNECTIONS,
+                signature_version="s3v4",
                 tcp_keepalive=True,
                 # a host name of one's own rarely has a wildcard DNS entry for BUCKET.host
                 s3={"addressing_style": "path" if endpoint else "auto"},
@@ -87,6 +92,33 @@ def _client(attempts: int = 8) -> Any:
             )
             _clients[account] = boto3.session.Session().client("s3", config=config)
         return _clients[account]
+
+
+_getters: dict[tuple[int, str, str], Getter | None] = {}
+
+
+def _getter(bucket: str) -> Getter | None:
+    """What reads ranges of a bucket's keys fast; None behind an HTTP proxy, which boto3 knows how to pass."""
+    client = _client()
+    endpoint = str(client.meta.endpoint_url)
+    name = (os.getpid(), endpoint, bucket)
+    with _clients_lock:
+        if name not in _getters:
+            parts = urlsplit(endpoint)
+            proxied = parts.scheme in urllib.request.getproxies()
+            if proxied and not urllib.request.proxy_bypass(parts.hostname or ""):
+                _getters[name] = None
+            else:
+                session = boto3.session.Session()._session  # botocore's own, which reads ca_bundle from every source
+                trusted = session.get_config_variable("ca_bundle") or botocore.httpsession.get_cert_path(True)
+                context = ssl.create_default_context(cafile=trusted) if parts.scheme == "https" else None
+
+                def sign(key: str) -> str:
+                    params = {"Bucket": bucket, "Key": key}
+                    return str(_client().generate_presigned_url("get_object", Params=params, ExpiresIn=3600))
+
+                _getters[name] = Getter(sign, context)
+        return _getters[name]
 
 
 def _code(error: botocore.exceptions.ClientError) -> str:
@@ -150,6 +182,17 @@ class S3Store(Store):
                         return b""
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        if (getter := _getter(self.bucket)) is None or not len(buffer):
+            return super().read_into(key, start, buffer)
+        uri = f"{self.uri}/{key}"
+        try:
+            return getter.into(self._name(key), start, buffer, uri)
+        except Gone as error:
+            raise Missing(f"{uri} does not exist ({error})") from error
+        except Refused as error:
+            raise CalotypeError(f"{uri} is refused ({error}): check AWS_ACCESS_KEY_ID and its secret") from error
 
     def publish(self, key: str, data: bytes | Path) -> bool:
         with _explained(f"{self.uri}/{key}"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calotype.config import TrainAutoencoder
-from calotype.data import images, shards
+from calotype.data import Dataset, images, shards
+from calotype.data.manifest import Manifest, load_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
 from calotype.runs import Record
+from calotype.tasks import batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +43,7 @@ def resolve(config: TrainAutoencoder) -> TrainAutoencoder:
     Raises:
         CalotypeError: there is no such dataset, or it has nothing to train on.
     """
-    dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
+    dataset = load_dataset(_dataset_store(config), config.data.digest)
     if not dataset.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     return replace(config, data=replace(config.data, digest=dataset.digest))
@@ -56,30 +58,29 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
     """
     import torch
 
-    from calotype.data.stream import Stream
     from calotype.model.autoencoder import load_autoencoder
     from calotype.train import loop
     from calotype.train.engine import Engine
 
     store = _dataset_store(config)
-    dataset = shards.load_dataset(store, config.data.digest)
-    batch, options = config.train.batch, {"lanes": config.train.lanes, "window": config.train.window}
+    dataset = load_dataset(store, config.data.digest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # every worker starts from the same weights
         model = load_autoencoder(config.autoencoder)
     micro = loop.micro_batch(config, worker.world)
-    engine = Engine(model, config.optim, config.engine, worker, loop.accumulation(micro, batch, worker.world))
-    decode = _decoder(config)
+    engine = Engine(
+        model, config.optim, config.engine, worker, loop.accumulation(micro, config.train.batch, worker.world)
+    )
+    decode = Decoder(config.resolution, config.data.max_pixels)
     held_out = HeldOut(config, worker, store, dataset, decode)
 
-    def batches(position: int) -> Stream:
-        rank = {"rank": worker.rank, "world": worker.world, "position": position}
-        return Stream(store, dataset.split("train"), seed=config.seed, batch=batch, **options, **rank)
-
+    stream = batches.stream(config, Dataset(store, dataset.split("train")), worker, decode=decode)
     task = loop.Task(
         engines={NAME: engine},
-        batches=batches,
-        prepare=lambda share: prepared(share, config, decode),
+        batches=stream.at,
+        left_out=stream.left_out,
+        where=stream.where,
+        prepare=lambda share: prepared(share, config),
         step=lambda rows: step(engine, rows, config),
         validate=lambda: held_out.validate(engine),
         draw=lambda: held_out.draw(engine),
@@ -95,22 +96,21 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
     return figures
 
 
-def prepared(share: Batch, config: TrainAutoencoder, decode: Callable[[Sample], Pixels]) -> dict[str, Tensor]:
+def prepared(share: Batch, config: TrainAutoencoder) -> dict[str, Tensor]:
     """A worker's share of a batch: `pixels` uint8 (n, 3, R, R), `noise` (n, C, h, w) of the posterior draw."""
     import torch
 
     from calotype.checks import latent_shape
-    from calotype.data.stream import Purpose, philox
+    from calotype.data.draws import Purpose, philox
 
     shape = latent_shape(config.autoencoder, config.resolution)
-    pixels, noise = [], []
-    for sample, position in zip(share.samples, share.positions.tolist(), strict=True):
-        picture = decode(sample)
-        mirrored = config.train.flip and philox(config.seed, position, Purpose.FLIP).random() < 0.5
-        pixels.append(picture[:, :, ::-1] if mirrored else picture)
+    pixels, noise = share.arrays["pixels"], []
+    for picture, position in zip(pixels, share.positions.tolist(), strict=True):
+        if config.train.flip and philox(config.seed, position, Purpose.FLIP).random() < 0.5:
+            picture[...] = picture[:, :, ::-1].copy()
         draw = philox(config.seed, position, Purpose.POSTERIOR)
         noise.append(draw.standard_normal(shape, dtype=np.float32))
-    return {"pixels": torch.from_numpy(np.stack(pixels)), "noise": torch.from_numpy(np.stack(noise))}
+    return {"pixels": torch.from_numpy(pixels), "noise": torch.from_numpy(np.stack(noise))}
 
 
 def step(engine: Engine, rows: Mapping[str, Tensor], config: TrainAutoencoder) -> dict[str, Tensor]:
@@ -136,8 +136,8 @@ class HeldOut:
         config: TrainAutoencoder,
         worker: Worker,
         store: Store,
-        dataset: shards.Manifest,
-        decode: Callable[[Sample], Pixels],
+        dataset: Manifest,
+        decode: Decoder,
     ) -> None:
         self.config, self.worker, self.store, self.decode = config, worker, store, decode
         self.shards = dataset.split("held_out")
@@ -195,7 +195,7 @@ class HeldOut:
     def _read(self) -> list[Pixels]:
         if not self._pixels:
             found = islice(shards.iterate(self.store, self.shards), self.count)
-            self._pixels = [self.decode(sample) for sample in found]
+            self._pixels = [self.decode(sample)["pixels"] for sample in found]
         return self._pixels
 
     def _reconstructed(self, engine: Engine, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -211,21 +211,22 @@ class HeldOut:
         return real, made, mean, torch.exp(0.5 * logvar)
 
 
-def _decoder(config: TrainAutoencoder) -> Callable[[Sample], Pixels]:
-    """Sample -> pixels uint8 (3, R, R); small data sets are decoded once and kept."""
-    kept: dict[str, Pixels] = {}
-    room = KEPT // (3 * config.resolution**2)
+@dataclass
+class Decoder:
+    """Sample -> {"pixels": uint8 (3, R, R)}; small data sets are decoded once and kept.  Goes to loader processes."""
 
-    def decode(sample: Sample) -> Pixels:
-        if (found := kept.get(sample.key)) is not None:
-            return found
-        data, name = images.image_bytes(sample), f"sample {sample.key}"
-        made = images.decode(data, config.resolution, name, config.data.max_pixels).pixels
-        if len(kept) < room:
-            kept[sample.key] = made
-        return made
+    resolution: int
+    max_pixels: int
+    kept: dict[str, Pixels] = field(default_factory=dict)
 
-    return decode
+    def __call__(self, sample: Sample) -> dict[str, Pixels]:
+        found = self.kept.get(sample.key)
+        if found is None:
+            data, name = images.image_bytes(sample), f"sample {sample.key}"
+            found = images.decode(data, self.resolution, name, self.max_pixels).pixels
+            if len(self.kept) < KEPT // (3 * self.resolution**2):
+                self.kept[sample.key] = found
+        return {"pixels": found}
 
 
 def published(record: Record, images: int) -> Store:

@@ -22,7 +22,8 @@ import numpy as np
 from calotype import runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
 from calotype.data import cache, images, shards
-from calotype.data.shards import Manifest, Sample, Shard
+from calotype.data.manifest import CACHE, Manifest, Shard, load_dataset
+from calotype.data.shards import Sample
 from calotype.data.store import Missing, Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
@@ -39,6 +40,7 @@ R = TypeVar("R")
 
 MADE = "calotype.made/1"
 SHOWN = 16  # images whose reconstructions are drawn
+CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
 READERS = 16  # sidecars read at once when a cache is committed
 
 
@@ -67,7 +69,7 @@ def resolve(config: Job) -> Job:
     Raises:
         CalotypeError: there is no such dataset, run or folder, or its sizes contradict the config.
     """
-    dataset = shards.load_dataset(open_store(config.root).at("datasets", config.data.name), config.data.digest)
+    dataset = load_dataset(open_store(config.root).at("datasets", config.data.name), config.data.digest)
     autoencoder = resolve_autoencoder(config.autoencoder, config.root, config.encoding.resolution)
     conditions = {name: replace(c, digest=digests.condition_digest(c)) for name, c in config.conditions.items()}
     for name, condition in conditions.items():
@@ -110,7 +112,7 @@ def plan(config: CacheLatents) -> list[Shard]:
     root = open_store(config.root)
     if cache.find_cache(root, config) is not None:
         return []
-    dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
+    dataset = load_dataset(_dataset_store(config), config.data.digest)
     done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards))
     return [shard for shard in dataset.shards if shard not in done or shard == shown(dataset)]
 
@@ -136,7 +138,7 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
         if condition.source == "text":
             conditioner.inputs(condition, [""], worker.device)  # loads it once, before threads ask for it
 
-    seen = shown(shards.load_dataset(source, config.data.digest))
+    seen = shown(load_dataset(source, config.data.digest))
 
     def made(unit: Shard) -> Made:
         found = encode_shard(unit)
@@ -212,7 +214,7 @@ def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tu
 
     def write(made: list[Sample]) -> Shard:
         split, sha256 = unit.split, unit.sha256
-        return shards.write_shard(latents, key, made, unit.chunk_samples, split=split, source_sha256=sha256)
+        return shards.write_shard(latents, key, made, CHUNK_SAMPLES, split=split, source_sha256=sha256)
 
     assert len(samples) == unit.samples, f"{len(samples)} of {unit.samples} samples"
     try:
@@ -263,7 +265,7 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
     manifest = cache.find_cache(root, config)
     results = list(results)
     if manifest is None:
-        dataset = shards.load_dataset(_dataset_store(config), config.data.digest)
+        dataset = load_dataset(_dataset_store(config), config.data.digest)
         manifest = _manifest(dataset, cache.latents_of(root, encoding), encoding, results)
         store = root.at("caches", identity)
         if not store.publish("manifest.json", manifest.to_bytes()):
@@ -308,7 +310,7 @@ def _manifest(dataset: Manifest, latents: Store, encoding: Mapping[str, Any], re
     rows = []
     for source in dataset.shards:
         row = made[source.sha256].shard
-        if (row.samples, row.chunk_samples) != (source.samples, source.chunk_samples):
+        if row.samples != source.samples:
             raise DataError(
                 f"{latents.uri}/{row.key} has {row.samples} samples, its source {source.key} {source.samples}"
             )
@@ -321,7 +323,7 @@ def _manifest(dataset: Manifest, latents: Store, encoding: Mapping[str, Any], re
         **cache.merge(found.statistics for found in in_order),
         "devices": sorted({found.device for found in in_order}),
     }
-    return Manifest(shards.CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
+    return Manifest(CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
 
 
 def _dataset_store(config: CacheLatents) -> Store:

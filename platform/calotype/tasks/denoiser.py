@@ -16,20 +16,22 @@ import numpy as np
 
 from calotype import runs, track
 from calotype.config import TrainDenoiser
-from calotype.data import cache, shards
+from calotype.data import Dataset, cache, shards
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.model import folders
+from calotype.tasks import batches
 from calotype.tasks.cache import resolve as resolve_cache
 from calotype.train import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from calotype.data.shards import Manifest, Sample
+    from calotype.data.manifest import Manifest
     from calotype.train.engine import Engine
 
+Array = np.ndarray[Any, Any]
 NAME = "denoiser"  # of the engine, so of its files in a checkpoint
 HELD_OUT = 4096  # held-out latents that the validation loss looks at
 VALIDATION = 2**62  # their noise is drawn at positions that training never reaches
@@ -86,7 +88,6 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     """
     import torch
 
-    from calotype.data.stream import Stream
     from calotype.model import conditioner
     from calotype.model.denoiser import build_denoiser
     from calotype.model.diffusion import Diffusion
@@ -97,7 +98,6 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     manifest = cache.load_cache(root, config)
     latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     diffusion = Diffusion(config.diffusion)
-    batch, options = config.train.batch, {"lanes": config.train.lanes, "window": config.train.window}
     micro = loop.micro_batch(config, worker.world)
     resumes = record is not None and checkpoint.latest(record.artifacts) is not None
     bare = replace(config, denoiser=replace(config.denoiser, init_from=""))  # what it began from may be gone by now
@@ -106,23 +106,23 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         model = build_denoiser(bare if resumes else config, cache.shape_of(manifest.meta["encoding"]))
     if not resumes:
         start_from_run(config, model)
-    steps = loop.accumulation(micro, batch, worker.world)
+    steps = loop.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
     held_out = HeldOut(config, worker, manifest, latents, rows, micro)
     grid = Grid(config, worker, manifest)
 
-    def batches(position: int) -> Stream:
-        rank = {"rank": worker.rank, "world": worker.world, "position": position}
-        return Stream(latents, manifest.split("train"), seed=config.seed, batch=batch, **options, **rank)
-
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
 
+    dataset = Dataset(latents, manifest.split("train"))
+    stream = batches.stream(config, dataset, worker, ("latent", *config.conditions))
     task = loop.Task(
         engines={NAME: engine},
-        batches=batches,
-        prepare=lambda share: rows.of(share.samples, share.positions.tolist()),
+        batches=stream.at,
+        left_out=stream.left_out,
+        where=stream.where,
+        prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
         step=step,
         validate=lambda: held_out.validate(engine, diffusion),
         draw=lambda: grid.draw(engine, diffusion),
@@ -153,14 +153,15 @@ class Rows:
         self.mean, self.std = manifest.meta["channel_mean"], manifest.meta["channel_std"]
         self.drops = {name: condition.drop for name, condition in config.conditions.items()}
 
-    def of(self, samples: list[Sample], positions: list[int], drop: bool = True) -> dict[str, Tensor]:
-        """Rows of these samples at these positions; `drop` False keeps all conditions."""
+    def of(
+        self, stored: Mapping[str, np.ndarray[Any, Any]], positions: list[int], drop: bool = True
+    ) -> dict[str, Tensor]:
+        """Rows of stored samples (`cache.stacked`) at these positions; `drop` False keeps all conditions."""
         import torch
 
         from calotype.model.conditioner import dropped
 
-        stored = [cache.decode_sample(sample, self.config.conditions) for sample in samples]
-        latent = torch.from_numpy(np.stack([entry["latent"] for entry in stored]))
+        latent = torch.from_numpy(stored["latent"])
         draws = [self._draws(position, latent.shape[2:]) for position in positions]
         posterior = torch.from_numpy(np.stack([draw[0] for draw in draws]))
         noise = torch.from_numpy(np.stack([draw[1] for draw in draws]))
@@ -168,14 +169,14 @@ class Rows:
         # raw latents => drawn, whitened model latents
         made = cache.to_model(latent[:, 0], latent[:, 1] if gaussian else None, posterior, self.mean, self.std)
         rows = {"latent": made, "noise": noise, "timestep": torch.tensor([draw[2] for draw in draws])}
-        cond = {name: torch.from_numpy(np.stack([entry[name] for entry in stored])) for name in self.drops}
+        cond = {name: torch.from_numpy(stored[name]) for name in self.drops}
         if drop:
             masks = {name: torch.tensor([draw[3][name] for draw in draws]) for name in self.drops}
             cond = dropped(cond, self.empty, masks)
         return rows | {f"cond.{name}": value for name, value in cond.items()}
 
     def _draws(self, position: int, shape: tuple[int, ...]) -> tuple[Any, Any, int, dict[str, bool]]:
-        from calotype.data.stream import Purpose, philox
+        from calotype.data.draws import Purpose, philox
 
         seed = self.config.seed
         posterior = philox(seed, position, Purpose.POSTERIOR).standard_normal(shape, dtype=np.float32)
@@ -211,7 +212,8 @@ class HeldOut:
         if not self._prepared:
             first, last = rank * self.count // world, (rank + 1) * self.count // world
             mine = list(islice(shards.iterate(self.latents, self.shards), first, last))
-            self._prepared = self.rows.of(mine, [VALIDATION + index for index in range(first, last)], drop=False)
+            stored = cache.stacked(mine, self.config.conditions)
+            self._prepared = self.rows.of(stored, [VALIDATION + index for index in range(first, last)], drop=False)
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         with engine.averaged():
             for start in range(0, math.ceil(self.count / world), self.micro):

@@ -14,7 +14,8 @@ from typing import Any
 
 from calotype import config, runs, track
 from calotype.console import Progress
-from calotype.data.shards import Manifest, Sample, iterate, load_dataset
+from calotype.data.manifest import Manifest, load_dataset
+from calotype.data.shards import Sample, iterate
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError

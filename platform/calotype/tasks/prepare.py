@@ -26,12 +26,13 @@ from calotype.config import Data, Prepare
 from calotype.data import shards
 from calotype.data.images import decode, image_bytes
 from calotype.data.items import Item, Listing, Raw, cut, digest, read, split
+from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset
 from calotype.data.sources import open_source
 from calotype.data.store import Missing, Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
 
-RECIPE = 1  # counted up when the same input would become other bytes
+RECIPE = 2  # counted up when the same input would become other bytes
 NAMED = 5  # kinds of quarantine that an error spells out
 
 
@@ -59,7 +60,7 @@ class Made:
     """What became of a unit's items: samples in its shard, the others quarantined as (name, reason)."""
 
     unit: Unit
-    shard: shards.Shard | None
+    shard: Shard | None
     members: tuple[str, ...]
     quarantined: tuple[tuple[str, str], ...]
 
@@ -113,7 +114,7 @@ def make(config: Prepare, worker: Worker) -> Callable[[Unit], Made]:
         key = f"shards/{unit.split}-{_content_digest(config.data, unit, items, raws)[:16]}.tar"
         found = shards.existing_shard(store, key)
         if found is not None and found.samples == len(items):
-            return Made(unit, found, tuple(shards.read_sidecar(store, found).members), ())
+            return Made(unit, found, shards.read_sidecar(store, found).members, ())
         return _written(config, unit, items, raws, key, found)
 
     return write
@@ -153,8 +154,8 @@ def commit(config: Prepare, results: Iterable[Made]) -> dict[str, Any]:
     if listing.classes:
         meta |= {"classes": len(listing.classes), "class_names": list(listing.classes)}
     members = tuple(sorted({member for result in results for member in result.members}))
-    manifest = shards.Manifest("calotype.dataset/1", config.data.name, members, tuple(written), meta)
-    published = shards.publish_dataset(store, manifest)
+    manifest = Manifest(DATASET, config.data.name, members, tuple(written), meta)
+    published = publish_dataset(store, manifest)
     store.delete("quarantined.jsonl")  # of an attempt that failed; the manifest lists what is left out now
     store.write("prepared.json", json.dumps({"state": config.data.digest}).encode())
     return {
@@ -174,7 +175,7 @@ def picture(config: Prepare, count: int = 64) -> Image.Image:
     store = dataset_store(config)
     cell, line = 96, 14
     chosen: list[shards.Sample] = []
-    for shard in shards.load_dataset(store).split("train"):
+    for shard in load_dataset(store).split("train"):
         chosen += shards.read_chunk(store, shard, shards.read_sidecar(store, shard), 0)[: count - len(chosen)]
         if len(chosen) == count:
             break
@@ -203,7 +204,7 @@ def dataset_store(config: Prepare) -> Store:
 
 
 def _written(
-    config: Prepare, unit: Unit, items: Sequence[Item], raws: Sequence[Raw], key: str, found: shards.Shard | None
+    config: Prepare, unit: Unit, items: Sequence[Item], raws: Sequence[Raw], key: str, found: Shard | None
 ) -> Made:
     """Read every item; write the samples, unless `found` has been written with just these, and name the rest."""
     samples: list[shards.Sample] = []

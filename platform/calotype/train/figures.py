@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from calotype import runs
 from calotype.environment import Worker
-from calotype.errors import CalotypeError
+from calotype.errors import CalotypeError, DataError
 from calotype.train import checkpoint
 
 
@@ -76,6 +77,48 @@ class Meter:
         figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
         self.reset()
         return figures
+
+
+class LeftOut:
+    """Samples that quarantine left out, of all ranks and attempts: counted, named in the run, and held to a budget."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: Any,
+        record: runs.Record | None,
+        mine: Callable[[], Mapping[str, str]],
+        known: Mapping[str, str],
+    ) -> None:
+        self.worker, self.record, self.mine = worker, record, mine
+        self.known = dict(known)  # id -> reason
+        self.settings = getattr(config, "stream", None)  # a job of its own kind may stream nothing
+
+    def read(self) -> dict[str, float]:
+        """{"left_out": how many}, or {} if there are none; new ones go to quarantined.jsonl of the run.  Collective.
+
+        Raises:
+            DataError: on all ranks, if there are more than the budget.
+        """
+        if self.settings is None or self.settings.on_error == "strict":
+            return {}
+        mine = dict(self.mine())
+        if not agree(self.worker, bool(mine.keys() - self.known.keys())):
+            return {"left_out": len(self.known)} if self.known else {}
+        parts: list[Any] = [mine]
+        if self.worker.world > 1:
+            parts = [None] * self.worker.world
+            dist.all_gather_object(parts, mine)
+        for part in parts:
+            self.known |= part
+        if self.record is not None and self.worker.rank == 0:
+            lines = [json.dumps({"name": name, "reason": why}) + "\n" for name, why in sorted(self.known.items())]
+            self.record.artifacts.write("quarantined.jsonl", "".join(lines).encode())
+        if len(self.known) > self.settings.error_budget:
+            raise DataError(f"{len(self.known)} samples were left out, more than "
+                            f"stream.error_budget={self.settings.error_budget}: "
+                            f"{', '.join(sorted(self.known)[:5])} ... ({next(iter(self.known.values()))})")  # fmt: skip
+        return {"left_out": len(self.known)}
 
 
 def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Record | None) -> None:

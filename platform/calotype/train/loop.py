@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,12 +28,13 @@ from calotype.environment import Worker
 from calotype.errors import DataError
 from calotype.train import checkpoint
 from calotype.train.engine import Engine
-from calotype.train.figures import Asked, Clock, Meter, agree, refuse_nonfinite
+from calotype.train.figures import Asked, Clock, LeftOut, Meter, agree, refuse_nonfinite
 
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
 READY = 2  # batches prepared ahead of the step
+PRESENT = "present"  # among prepared rows: 0 for those that weigh nothing
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class Task:
         engines: by name; every one takes a step per global batch.
         batches: position in the stream -> this rank's batches from there on, for ever.
         prepare: batch -> CPU tensors, one row per sample of this rank, all randomness included; runs in a thread.
+            A batch's `present`, if it has one, says which rows weigh nothing.
         step: micro-batch on the device -> per-sample values (n,): under the name of an engine its losses, under any
             other name something to log.
         validate: collective -> figures to log.
         draw: collective -> a PIL image on rank 0.
+        left_out: ids and reasons of samples that this rank's batches lack.
+        where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
 
@@ -56,6 +61,8 @@ class Task:
     step: Callable[[Tensors], Tensors]
     validate: Callable[[], Mapping[str, float]] = dict
     draw: Callable[[], Any] = lambda: None
+    left_out: Callable[[], Mapping[str, str]] = dict
+    where: Callable[[int], str] = "cursor {:,}".format
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
 
@@ -79,6 +86,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     images, clock = int(state["images"] if state else 0), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
     began = runs.first_attempt_started(record) if record else time.time()
     meter = Meter(worker, batch, task.engines)
+    left_out = LeftOut(worker, config, record, task.left_out, state.get("left_out", {}))
     figures: dict[str, Any] = dict(state.get("figures", {}))
     start = images
 
@@ -97,7 +105,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             ending = asked.to_stop() or done
             fresh: dict[str, float] = {}
             if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
-                fresh = meter.read(clock)
+                fresh = meter.read(clock) | left_out.read()
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 refuse_nonfinite(fresh, images, record)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
@@ -109,11 +117,13 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             if fresh:
                 figures.update(fresh)
                 if worker.rank == 0:
-                    log.info("%s images  %s", f"{images:,}", "  ".join(f"{k} {v:.4g}" for k, v in fresh.items()))
+                    said = "  ".join(f"{k} {v:.4g}" for k, v in fresh.items())
+                    log.info("%s images  %s  (%s)", f"{images:,}", said, task.where(images))
                 if tracker:
                     tracker.log(fresh, images)
             if images > start and record and (ending or due(settings.checkpoint_every)):
-                save(task, config, worker, record, images, clock, figures, tracker.pending() if tracker else [])
+                also = {"unsent": tracker.pending() if tracker else [], "left_out": left_out.known}
+                save(task, config, worker, record, images, clock, figures, also)
                 if tracker:
                     task.saved(tracker, images)
             show(images, figures)
@@ -201,7 +211,8 @@ def take(rows: Tensors, first: int, count: int, device: str) -> tuple[dict[str, 
     some = slice(first, first + count) if first < have else slice(0, 1)
     part = {name: value[some].to(device, non_blocking=True) for name, value in rows.items()}
     size = len(next(iter(part.values())))
-    return part, torch.full((size,), 1.0 if first < have else 0.0, device=device)
+    weight = part.pop(PRESENT, torch.ones(size, device=device))
+    return part, weight if first < have else torch.zeros_like(weight)
 
 
 @contextlib.contextmanager
@@ -220,7 +231,9 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
     def fill() -> None:
         try:
             for batch in source:
-                rows = task.prepare(batch)
+                rows = dict(task.prepare(batch))
+                if not getattr(batch, "present", np.ones(1)).all():
+                    rows[PRESENT] = torch.from_numpy(batch.present).float()
                 put({k: v.pin_memory() for k, v in rows.items()} if worker.device.startswith("cuda") else rows)
                 if over.is_set():
                     return
@@ -259,7 +272,7 @@ def save(
     images: int,
     clock: Clock,
     figures: Mapping[str, Any],
-    unsent: Iterable[Any],
+    also: Mapping[str, Any],
 ) -> None:
     """Gather on rank 0, write, commit.  Collective."""
     tensors, scalars = {}, {}
@@ -275,7 +288,8 @@ def save(
             "trained": clock.trained,
             "waited": clock.waited,
             "figures": dict(figures),
-            "unsent": [list(point) for point in unsent],
+            "unsent": [list(point) for point in also["unsent"]],
+            "left_out": also["left_out"],
             "config": digest_of(identity_fields(config)),
             "world": worker.world,
             "stage": config.engine.stage if config.engine.kind == "deepspeed" else "torch",
@@ -311,7 +325,7 @@ def resume(task: Task, worker: Worker, record: runs.Record | None) -> dict[str, 
             log.error("%s; goes back to the one before", error)
             continue
         if worker.rank == 0:
-            log.info("resumes at %s images", f"{images:,}")
+            log.info("resumes at %s images (%s)", f"{images:,}", task.where(images))
             for damaged in (other for other in found[0] if other > images):
                 record.check_current()
                 checkpoint.discard(record.artifacts, damaged)

@@ -1,0 +1,291 @@
+"""The chunks that one process holds: fetched ahead in parallel, verified, in buffers that are used again and again.
+
+Memory is bounded: a chunk is asked for when there is room, or when the very next batch needs it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calotype.data.dataset import Dataset, Layout
+from calotype.data.disk import Disk
+from calotype.data.draws import Ints
+from calotype.data.manifest import Shard
+from calotype.data.npy import header_of
+from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
+from calotype.data.store import Store
+from calotype.data.tar import BLOCK, Table
+from calotype.errors import CalotypeError, DataError
+
+SIDECARS = 4096  # kept by one process
+GRAIN = 2**16  # bytes by which buffers differ, so that they fit again
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a stream reads.  None of it changes what it reads.
+
+    Attributes:
+        memory: bytes of chunks that one process holds.
+        readers: parallel range GETs of one process.
+        workers: loader processes beside the caller's; 0 reads in threads of the caller's.
+        on_error: strict, or quarantine: damaged chunks and samples are left out, named, and weigh nothing.
+        error_budget: samples that quarantine may leave out before it is an error.
+        cache, cache_bytes: a folder on a local disk that keeps chunks, and its limit.
+    """
+
+    memory: int = 2 * 2**30
+    readers: int = 8
+    workers: int = 0
+    on_error: str = "strict"
+    error_budget: int = 0
+    cache: str = ""
+    cache_bytes: int = 50 * 10**9
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Where the data of one `.npy` member lies in a chunk: all of one dtype and shape."""
+
+    offsets: list[int]
+    bytes: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Chunk:
+    """A verified chunk in memory.  `rows`: which of its samples count, None for all."""
+
+    buffer: np.ndarray[Any, Any]
+    table: Table
+    rows: Ints | None
+    arrays: dict[str, Arrays] = field(default_factory=dict)
+
+    def view(self) -> memoryview:
+        return self.buffer.data
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A chunk that could not be used, in quarantine: the ids of its samples that count, and why."""
+
+    keys: list[str]
+    reason: str
+
+
+@dataclass
+class _Held:
+    future: Future[Chunk | Bad]
+    bytes: int
+    use: tuple[int, int]  # (pool's epoch, one past the last position that needs it)
+
+
+class Chunks:
+    """Chunk number -> chunk.  One thread asks, waits and releases; others fetch.
+
+    Args:
+        layouts: of the datasets.
+        arrays: names of the `.npy` members whose place is found while chunks are fetched.
+        last_use: (pool, epoch, place) -> one past the last global position that needs the chunk.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        layouts: Sequence[Layout],
+        arrays: Sequence[str],
+        reading: Reading,
+        last_use: Callable[[int, int, int], int],
+    ) -> None:
+        self._datasets, self._layouts, self._arrays, self._reading = datasets, layouts, arrays, reading
+        self._firsts = np.cumsum([0, *(len(layout.counts) for layout in layouts)])
+        self._last_use = last_use
+        self._held: dict[int, _Held] = {}
+        self._ends: list[tuple[int, int]] = []  # heap of (last use, chunk)
+        self._spare: OrderedDict[int, _Held] = OrderedDict()  # not needed any more in this epoch; while there is room
+        self._buffers = _Buffers()
+        self._sidecars: OrderedDict[tuple[int, int], Future[Sidecar]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(reading.readers, thread_name_prefix="chunk")
+        self._disk = Disk(Path(reading.cache).expanduser(), reading.cache_bytes) if reading.cache else None
+        self.used = 0  # bytes of chunks asked for or held
+
+    @property
+    def full(self) -> bool:
+        return self.used >= self._reading.memory
+
+    def request(self, uses: Sequence[tuple[int, int, int, int]]) -> None:
+        """Ask for chunks, in the order in which they are needed.  `uses`: distinct (chunk, pool, epoch, place)."""
+        for chunk, pool, epoch, place in uses:
+            held = self._held.get(chunk)
+            if held is None:
+                held = self._spare.pop(chunk) if chunk in self._spare else self._fetched(chunk)
+                self._held[chunk] = held
+                held.use = (-1, 0)
+            if held.use[0] < epoch:
+                held.use = (epoch, self._last_use(pool, epoch, place))
+                heapq.heappush(self._ends, (held.use[1], chunk))
+
+    def get(self, chunk: int) -> Chunk | Bad:
+        """Wait for it.
+
+        Raises:
+            CalotypeError: it cannot be had, or is damaged, and that is not to be survived.
+        """
+        return self._held[chunk].future.result()
+
+    def release(self, position: int) -> None:
+        """Everything before `position` was handed out."""
+        while self._ends and self._ends[0][0] <= position:
+            until, chunk = heapq.heappop(self._ends)
+            if chunk in self._held and self._held[chunk].use[1] == until:  # else the next epoch needs it again
+                self._spare[chunk] = self._held.pop(chunk)
+        while self._spare and self.full:
+            self._drop(self._spare.popitem(last=False)[1])
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---------------------------------------------------------------------------------- fetching
+
+    def _fetched(self, chunk: int) -> _Held:
+        size = self._size(chunk)
+        while self._spare and self.used + size > self._reading.memory:
+            self._drop(self._spare.popitem(last=False)[1])
+        self.used += size
+        return _Held(self._pool.submit(self._fetch, chunk), size, (-1, 0))
+
+    def _drop(self, held: _Held) -> None:
+        self.used -= held.bytes
+        if held.future.done() and not held.future.exception() and isinstance(found := held.future.result(), Chunk):
+            self._buffers.give(found.buffer, self._reading.memory - self.used)
+
+    def _find(self, chunk: int) -> tuple[int, int, int]:
+        """(dataset, shard, number in the shard)."""
+        dataset = int(np.searchsorted(self._firsts, chunk, side="right")) - 1
+        layout, at = self._layouts[dataset], chunk - int(self._firsts[dataset])
+        return dataset, int(layout.shard[at]), int(layout.number[at])
+
+    def _size(self, chunk: int) -> int:
+        dataset, shard, _ = self._find(chunk)
+        return largest_chunk(self._datasets[dataset].shards[shard])
+
+    def _fetch(self, chunk: int) -> Chunk | Bad:
+        number, row, index = self._find(chunk)
+        dataset = self._datasets[number]
+        shard = dataset.shards[row]
+        first = shard.chunk_samples * index if not shard.buckets else sum(shard.chunk_counts()[:index])
+        count = shard.chunk_counts()[index]
+        keep = None if dataset.keep is None else dataset.keep[shard.key][first : first + count]
+        rows = None if keep is None or keep.all() else np.flatnonzero(keep)
+        try:
+            return self._read(dataset.store, shard, self._sidecar(number, row), index, rows)
+        except DataError as error:
+            if self._reading.on_error == "strict":
+                raise
+            chosen = range(count) if rows is None else rows.tolist()
+            return Bad(_names(dataset.store, shard, first, list(chosen)), str(error))
+
+    def _read(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, rows: Ints | None) -> Chunk:
+        start, size = sidecar.span(index)
+        buffer = self._buffers.take(size)
+        view = buffer.data[:size]
+        where = f"{store.uri}/{shard.key}"
+        table = None
+        if self._disk is not None and self._disk.read(sidecar.hashes[index], view):
+            try:
+                table = verified(where, shard, sidecar, index, view, size)
+            except DataError:
+                self._disk.discard(sidecar.hashes[index])
+        if table is None:
+            table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
+            if self._disk is not None:
+                self._disk.write(sidecar.hashes[index], view)
+        return Chunk(buffer, table, rows, {name: _arrays(view, table, name, where, index) for name in self._arrays})
+
+    def _sidecar(self, dataset: int, shard: int) -> Sidecar:
+        """Read once, by whoever comes first."""
+        name = (dataset, shard)
+        with self._lock:
+            found = self._sidecars.get(name)
+            mine = found is None
+            if found is None:
+                found = self._sidecars[name] = Future()
+                while len(self._sidecars) > SIDECARS:
+                    self._sidecars.popitem(last=False)
+        if mine:
+            try:
+                found.set_result(read_sidecar(self._datasets[dataset].store, self._datasets[dataset].shards[shard]))
+            except BaseException as error:
+                found.set_exception(error)
+                with self._lock:
+                    self._sidecars.pop(name, None)  # the next iteration may try again
+        return found.result()
+
+
+def largest_chunk(shard: Shard) -> int:
+    """Bytes, at most, of a chunk; of manifests of version 1 an estimate."""
+    return shard.chunk_bytes or shard.bytes * min(shard.chunk_samples, shard.samples) // shard.samples * 5 // 4
+
+
+def _names(store: Store, shard: Shard, first: int, rows: list[int]) -> list[str]:
+    """Ids of samples of a chunk that cannot be read: their keys, where the columns tell them."""
+    try:
+        keys = keys_of(store, shard)
+    except CalotypeError:
+        keys = None
+    return [keys[first + row] if keys else f"{shard.key}[{first + row}]" for row in rows]
+
+
+def _arrays(view: memoryview, table: Table, name: str, where: str, index: int) -> Arrays:
+    """
+    Raises:
+        DataError: a sample lacks the member, or arrays differ in dtype or shape.
+    """
+    member = f"{name}.npy"
+    if member not in table.members or (table.members[member][0] < 0).any():
+        have = ", ".join(sorted(table.members))
+        raise DataError(f"{where}: not every sample of chunk {index} has a member {member}: they have {have}")
+    offsets, sizes = table.members[member]
+    start, dtype, shape = header_of(view[int(offsets[0]) : int(offsets[0] + sizes[0])])
+    blocks = np.frombuffer(view, np.uint8).reshape(-1, BLOCK)
+    heads = blocks[offsets // BLOCK, : min(start, BLOCK)]
+    if (sizes != sizes[0]).any() or (heads != heads[0]).any() or start > BLOCK:
+        raise DataError(f"{where}: the arrays {member} of chunk {index} differ in dtype or shape: read them as samples")
+    return Arrays((offsets + start).tolist(), int(sizes[0]) - start, dtype, shape)
+
+
+class _Buffers:
+    """Memory that was in use before: fresh memory costs the kernel more time than filling it."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray[Any, Any]] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> np.ndarray[Any, Any]:
+        with self._lock:
+            fitting = [i for i, one in enumerate(self._free) if size <= one.nbytes <= size + size // 4 + GRAIN]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda i: self._free[i].nbytes))
+            if self._free:
+                self._free.pop(0)  # it fits nobody: do not keep more than was ever needed
+        # Not np.empty, which asks for huge pages: filling fresh ones took 2.0 s/GB here, 4 KiB pages 0.7 (reused 0.05).
+        return np.frombuffer(mmap.mmap(-1, -(-size // GRAIN) * GRAIN, flags=PRIVATE), np.uint8)
+
+    def give(self, buffer: np.ndarray[Any, Any], room: int) -> None:
+        """Keep it if all that is kept has room."""
+        with self._lock:
+            if sum(one.nbytes for one in self._free) + buffer.nbytes <= max(room, buffer.nbytes):
+                self._free.append(buffer)

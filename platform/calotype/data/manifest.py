@@ -1,0 +1,186 @@
+"""Manifests: the rows that name every shard of a dataset or cache, written last (formats v2; v1 is read).
+
+A manifest holds one row per shard and nothing per sample, so that 10^5 shards are some 30 MB.  Its SHA-256 names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from calotype.data.store import Store
+from calotype.errors import DataError
+
+DATASET, CACHE = "calotype.dataset/2", "calotype.cache/2"
+DATASETS, CACHES = (DATASET, "calotype.dataset/1"), (CACHE, "calotype.cache/1")  # of v1, rows lack the last two
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One manifest row.  Every chunk holds `chunk_samples` samples but the last of each bucket."""
+
+    key: str
+    bytes: int
+    samples: int
+    chunk_samples: int
+    sha256: str
+    sidecar_sha256: str
+    columns_sha256: str = ""
+    split: str = "train"
+    source_sha256: str = ""  # of the shard that this one was encoded from
+    chunk_bytes: int = 0  # of the largest chunk; 0 in manifests of version 1
+    buckets: tuple[tuple[int, int], ...] = ()  # (bucket, samples), in order; empty: all samples have one shape
+
+    @property
+    def chunks(self) -> int:
+        return len(self.chunk_counts())
+
+    def chunk_counts(self) -> list[int]:
+        """Samples per chunk; no chunk holds two buckets."""
+        return [count for _, count in self.chunk_buckets()]
+
+    def chunk_buckets(self) -> list[tuple[int, int]]:
+        """(bucket, samples) per chunk."""
+        step = self.chunk_samples
+        parts = self.buckets or ((0, self.samples),)
+        return [(bucket, min(step, size - start)) for bucket, size in parts for start in range(0, size, step)]
+
+
+ROW = tuple(item.name for item in fields(Shard))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset or a cache is.
+
+    `meta["buckets"]` lists the shape of every bucket that rows name, where samples have several.
+    """
+
+    format: str
+    name: str
+    members: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON; rows as arrays under `fields`, because there may be 10^5 of them.
+
+        A manifest that was read as v1 is written as v1 again: its digest is its name.
+        """
+        names = ROW if self.format in (DATASET, CACHE) else ROW[: ROW.index("chunk_bytes")]
+        rows = [list(astuple(shard))[: len(names)] for shard in self.shards]
+        head = {"format": self.format, "name": self.name, "members": list(self.members), "meta": self.meta}
+        return canonical(head | {"totals": self.totals(), "fields": list(names), "shards": rows})
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Manifest:
+        found = parsed(data, "a manifest")
+        if found.get("format") not in (*DATASETS, *CACHES):
+            raise DataError(f"a manifest of format {found.get('format')!r} is newer or other than {DATASET}, {CACHE}")
+        try:
+            names = found["fields"]
+            rows = (dict(zip(names, row, strict=True)) for row in found["shards"])
+            shards = tuple(shard_of(row) for row in rows)
+            head = (found["format"], found["name"], tuple(found["members"]))
+            return Manifest(*head, shards, found["meta"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a manifest of format {found['format']} lacks or has too much of: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """split -> {"shards", "samples", "bytes"}."""
+        totals: dict[str, dict[str, int]] = {}
+        for shard in self.shards:
+            total = totals.setdefault(shard.split, {"shards": 0, "samples": 0, "bytes": 0})
+            for name, amount in (("shards", 1), ("samples", shard.samples), ("bytes", shard.bytes)):
+                total[name] += amount
+        return totals
+
+
+def shard_of(row: dict[str, Any]) -> Shard:
+    """
+    Raises:
+        ValueError: numbers that no shard can have.
+    """
+    if buckets := row.get("buckets"):
+        row = row | {"buckets": tuple((int(bucket), int(samples)) for bucket, samples in buckets)}
+    shard = Shard(**row)
+    counted = sum(samples for _, samples in shard.buckets) if shard.buckets else shard.samples
+    if not (shard.samples > 0 < shard.chunk_samples and shard.bytes > 0 and counted == shard.samples):
+        raise ValueError(f"shard {shard.key!r} of {shard.samples} samples in chunks of {shard.chunk_samples}")
+    return shard
+
+
+def sidecar_key(key: str) -> str:
+    return f"{key.removesuffix('.tar')}.sidecar.json"
+
+
+def columns_key(key: str) -> str:
+    return f"{key.removesuffix('.tar')}.columns.parquet"
+
+
+def held_out(key: str, share: float) -> bool:
+    """Whether a sample belongs to the held-out split: by its key alone, so that it never moves."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2.0**64
+
+
+def canonical(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def parsed(data: bytes, what: str, *expected: str) -> dict[str, Any]:
+    """
+    Raises:
+        DataError: not a JSON object, or of a format other than those expected.
+    """
+    try:
+        found = json.loads(data)
+        assert isinstance(found, dict)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{what} is not the JSON it should be: {error}") from error
+    if expected and found.get("format") not in expected:
+        raise DataError(f"{what} has format {found.get('format')!r}, this version reads {', '.join(expected)}")
+    return found
+
+
+# -------------------------------------------------------------------------------------------- datasets
+
+
+def publish_dataset(store: Store, manifest: Manifest) -> str:
+    """Make it the newest version under `manifests/`, unless it is already; returns its digest."""
+    data = manifest.to_bytes()
+    while True:
+        versions = versions_of(store)
+        if not versions or store.read(versions[-1]) != data:
+            newest = int(Path(versions[-1]).stem) if versions else 0
+            if not store.publish(f"manifests/{newest + 1:06d}.json", data):
+                continue  # another writer took the number: look again
+        return manifest.digest
+
+
+def load_dataset(store: Store, digest: str = "") -> Manifest:
+    """The version with this digest, or the newest."""
+    for key in reversed(versions_of(store)):
+        data = store.read(key)
+        if not digest or hashlib.sha256(data).hexdigest() == digest:
+            return Manifest.from_bytes(data)
+    if digest:
+        raise DataError(f"{store.uri} has no version with digest {digest}: correct data.digest or leave it empty")
+    raise DataError(f"there is no dataset at {store.uri}: run the job `prepare` first, or correct data.name")
+
+
+def versions_of(store: Store) -> list[str]:
+    """Keys of a dataset's manifests, oldest first."""
+    keys = [entry.key for entry in store.list("manifests/") if re.fullmatch(r"manifests/\d{6,}\.json", entry.key)]
+    return sorted(keys, key=lambda key: int(Path(key).stem))

@@ -1,0 +1,230 @@
+"""One process's share of every batch: positions -> chunks -> rows, planned ahead as far as memory allows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calotype.data.chunks import Bad, Chunk, Chunks, Reading, largest_chunk
+from calotype.data.dataset import Dataset
+from calotype.data.draws import Ints
+from calotype.data.schedule import Places, Schedule
+from calotype.data.shards import Sample
+from calotype.errors import ConfigError, DataError
+
+AHEAD = 256  # batches planned ahead, at most
+BLOCK = 4096  # positions located at once: a call costs as much as some hundred of them
+
+Decode = Callable[[Sample], Mapping[str, npt.NDArray[Any]]]
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What decides which samples come when."""
+
+    seed: int
+    batch: int
+    lanes: int = 0
+    window: int = 128
+
+
+@dataclass
+class Rows:
+    """One process's share of global batch `step`.
+
+    Attributes:
+        positions: (n,) global positions.
+        keys: of the samples; of those that are left out, their id.
+        arrays: name -> (n, ...); zeros for samples that are left out.
+        samples: instead of arrays; None for samples that are left out.
+        skipped: (row, reason) of those.
+    """
+
+    step: int
+    positions: Ints
+    keys: list[str]
+    arrays: dict[str, Array] = field(default_factory=dict)
+    samples: list[Sample | None] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: int
+    positions: Ints
+    chunks: list[int]
+    indices: list[int]
+
+
+class Reader:
+    """Shares of batches, from any position on.
+
+    Args:
+        slots: of the global batch, that are this process's.
+        arrays: `.npy` members to stack; neither these nor `decode`: whole samples.
+        decode: sample -> arrays of equal shapes; runs in `threads` threads.
+        allocate: (name, shape, dtype) -> where the rows of a batch are stacked.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        order: Order,
+        slots: range,
+        reading: Reading,
+        arrays: Sequence[str] = (),
+        decode: Decode | None = None,
+        threads: int = 1,
+        allocate: Callable[[str, tuple[int, ...], Any], Array] | None = None,
+    ) -> None:
+        self.slots, self._order = slots, order
+        layouts = [dataset.layout() for dataset in datasets]
+        weights = [dataset.weight for dataset in datasets]
+        self.schedule = Schedule(layouts, weights, order.seed, order.batch, order.lanes, order.window)
+        self._layouts, self._datasets, self._reading = layouts, datasets, reading
+        self._arrays, self._decode, self._threads = tuple(arrays), decode, threads
+        self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
+        _check_memory(datasets, order, slots, reading, self.schedule)
+
+    def rows(self, position: int, every: int = 1, first: int = 0) -> Iterator[Rows]:
+        """From `position` on, for ever; closing the iterator ends its threads.
+
+        Args:
+            every, first: of so many steps only the one with this number.
+        """
+
+        def last_use(pool: int, epoch: int, place: int) -> int:
+            return self.schedule.last_use(pool, epoch, place, self.slots)
+
+        chunks = Chunks(self._datasets, self._layouts, self._arrays, self._reading, last_use)
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode") if self._decode else None
+        try:
+            start = position // self._order.batch + first
+            steps, planned = self._steps(start, every), deque[_Step]()
+            while True:
+                while not planned or (len(planned) < AHEAD and not chunks.full):
+                    step, uses = next(steps)
+                    chunks.request(uses)
+                    planned.append(step)
+                now = planned.popleft()
+                made = self._made(now, chunks, pool)
+                chunks.release((now.step + 1) * self._order.batch)
+                yield made
+        finally:
+            chunks.close()
+            if pool:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _steps(self, step: int, every: int) -> Iterator[tuple[_Step, list[tuple[int, int, int, int]]]]:
+        """Every so-manieth step from this one on, with the distinct chunks that it uses."""
+        width = len(self.slots)
+        many = max(1, BLOCK // max(width, 1))
+        while True:
+            numbers = step + every * np.arange(many)
+            positions = (numbers[:, None] * self._order.batch + np.asarray(self.slots)).reshape(-1)
+            places = self.schedule.locate(positions)
+            for number in range(many):
+                here = Places(*(column[number * width : (number + 1) * width] for column in places))
+                uses = dict.fromkeys(zip(*(c.tolist() for c in (here.chunk, here.pool, here.epoch, here.place))))
+                mine = positions[number * width : (number + 1) * width]
+                yield _Step(int(numbers[number]), mine, here.chunk.tolist(), here.row.tolist()), list(uses)
+            step += every * many
+
+    def _made(self, step: _Step, chunks: Chunks, pool: ThreadPoolExecutor | None) -> Rows:
+        found: list[tuple[Chunk | Bad, int]] = []
+        for number, index in zip(step.chunks, step.indices):
+            chunk = chunks.get(number)
+            rows = chunk.rows if isinstance(chunk, Chunk) else None
+            found.append((chunk, index if rows is None else int(rows[index])))
+        keys = [c.table.keys[i] if isinstance(c, Chunk) else c.keys[i] for c, i in found]
+        skipped = [(row, c.reason) for row, (c, _) in enumerate(found) if isinstance(c, Bad)]
+        made = Rows(step.step, step.positions, keys, skipped=skipped)
+        if self._arrays:
+            self._gather(made, found)
+        elif pool is not None and self._decode is not None:
+            self._decoded(made, [self._sample(c, i) for c, i in found], pool, self._decode)
+        else:
+            made.samples = [self._sample(c, i, copy=True) for c, i in found]
+        return made
+
+    def _sample(self, chunk: Chunk | Bad, index: int, copy: bool = False) -> Sample | None:
+        if isinstance(chunk, Bad):
+            return None
+        view, spans = chunk.view(), chunk.table.sample(index)
+        members: dict[str, bytes | memoryview] = {name: view[at : at + size] for name, (at, size) in spans.items()}
+        if copy:  # the buffer is used again
+            members = {name: bytes(data) for name, data in members.items()}
+        return Sample(chunk.table.keys[index], members)
+
+    def _gather(self, made: Rows, found: list[tuple[Chunk | Bad, int]]) -> None:
+        """Stack the arrays of a batch: one copy of each row, from the buffer that the network filled."""
+        like = next((chunk for chunk, _ in found if isinstance(chunk, Chunk)), None)
+        if like is None:  # all of it is left out: the shapes are not known, and there is nothing to weigh
+            return
+        for name in self._arrays:
+            first = like.arrays[name]
+            out = self._allocate(name, (len(found), *first.shape), first.dtype)
+            target, size = out.reshape(-1).view(np.uint8).data, first.bytes
+            for row, (chunk, index) in enumerate(found):
+                if isinstance(chunk, Bad):
+                    target[row * size : (row + 1) * size] = bytes(size)
+                    continue
+                here = chunk.arrays[name]
+                if here.dtype != first.dtype or here.shape != first.shape:
+                    raise DataError(f"{name} of sample {made.keys[row]} is {here.dtype} {here.shape}, of others in its "
+                                    f"batch {first.dtype} {first.shape}: cache them in buckets by shape")  # fmt: skip
+                at = here.offsets[index]
+                target[row * size : (row + 1) * size] = chunk.buffer[at : at + size].data
+            made.arrays[name] = out
+
+    def _decoded(self, made: Rows, samples: list[Sample | None], pool: ThreadPoolExecutor, decode: Decode) -> None:
+        def one(sample: Sample | None) -> Mapping[str, Array] | DataError | None:
+            if sample is None:
+                return None
+            try:
+                return decode(sample)
+            except DataError as error:
+                if self._reading.on_error == "strict":
+                    raise
+                return error
+
+        parts = list(pool.map(one, samples))
+        made.skipped += [(row, str(part)) for row, part in enumerate(parts) if isinstance(part, DataError)]
+        like = next((part for part in parts if isinstance(part, Mapping)), {})
+        for name, example in like.items():
+            out = self._allocate(name, (len(parts), *example.shape), example.dtype)
+            for row, part in enumerate(parts):
+                out[row] = part[name] if isinstance(part, Mapping) else 0
+            made.arrays[name] = out
+
+
+def _check_memory(
+    datasets: Sequence[Dataset], order: Order, slots: range, reading: Reading, schedule: Schedule
+) -> None:
+    """
+    Raises:
+        ConfigError: what the lanes of these slots hold at once cannot fit.
+    """
+    lanes = -(-len(slots) * (order.lanes or order.batch) // order.batch) + 1 if order.lanes else len(slots)
+    need = (
+        sum(
+            max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
+            for dataset in datasets
+        )
+        * lanes
+        // len(datasets)
+    )
+    whole = sum(shard.bytes for dataset in datasets for shard in dataset.shards)
+    if min(need, whole) > reading.memory:
+        raise ConfigError(
+            f"the lanes of one worker hold up to {min(need, whole) / 2**20:.0f} MiB of chunks at once, more than "
+            f"stream.memory_mb={reading.memory / 2**20:.0f}: raise it, or lower train.window={order.window} or "
+            f"train.lanes={order.lanes or order.batch}"
+        )
