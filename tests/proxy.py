@@ -8,7 +8,7 @@
 
 It runs in a process of its own, so that its CPU is not counted as the client's, and ends with the `with`, or with the
 process that began it, however that ends.  Heads pass through unchanged (Host too), so signatures made for `url` hold;
-bodies go from socket to socket by `splice`, and the kernel paces them (proxy_server.py).  Loopback and Linux only.
+bodies go from socket to socket by `splice` (proxy_server.py).  Loopback and Linux only.
 """
 
 from __future__ import annotations
@@ -67,14 +67,22 @@ class Counts:
 
 
 class Proxy:
-    """Context manager around the process.  `rate`: bytes/s per connection; `delay`: s from request to first byte."""
+    """Context manager around the process.
 
-    def __init__(self, target: str, *, rate: float = 0.0, delay: float = 0.0) -> None:
+    Args:
+        target: URL of the S3 server, on this machine.
+        rate: bytes per second and connection; 0: as fast as it goes.
+        delay: seconds from the request to the first byte of its answer, at least.
+        keep: an object that was once read whole is answered from the proxy's memory from then on, so that the server,
+            which in reality is another machine, takes no CPU from the client.
+    """
+
+    def __init__(self, target: str, *, rate: float = 0.0, delay: float = 0.0, keep: bool = False) -> None:
         at = urlsplit(target)
         if at.scheme != "http" or at.hostname not in ("127.0.0.1", "localhost") or not at.port:
             raise ValueError(f"{target!r} is not http://127.0.0.1:PORT: the proxy is for servers of this machine")
         self._lock = threading.Lock()
-        self._words = [sys.executable, "-E", "-S", str(SERVER), str(at.port), str(rate), str(delay)]
+        self._words = [sys.executable, "-E", "-S", str(SERVER), str(at.port), str(rate), str(delay), str(keep)]
 
     def __enter__(self) -> Proxy:
         self._process = subprocess.Popen(self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

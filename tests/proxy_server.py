@@ -1,133 +1,44 @@
-"""The process behind `proxy.Proxy`: `python proxy_server.py PORT RATE DELAY`.
+"""The process behind `proxy.Proxy`: `python proxy_server.py PORT RATE DELAY KEEP`.
 
 One thread per connection, which has a connection of its own to the server.  Heads are read, bodies are spliced through
-a pipe: their bytes never enter this process.  The kernel paces (SO_MAX_PACING_RATE) better than a token bucket could.
+a pipe: their bytes never enter this process.  A paced connection sends bursts and sleeps; leaving that to the kernel
+(SO_MAX_PACING_RATE) was tried: it wakes the client for every 64 KB, which doubled the client's CPU.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import re
 import resource
 import socket
-import struct
 import sys
 import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 from proxy import SHARES, Faults
+from proxy_wire import CONTENT_RANGE, LENGTH, Ended, Head, Kept, Reset, Wire
 
 ANSWERS = {"slow_down": (503, "SlowDown", "Please reduce your request rate."),
            "internal": (500, "InternalError", "We encountered an internal error. Please try again.")}  # fmt: skip
 PIPE = 2**20  # bytes that wait between two splices, the most that Linux gives without privilege
-HEAD = 2**16  # bytes read at once while a head is looked for, and the longest head
-SNDBUF = 2**19  # bytes the kernel holds for a paced client: what is still delivered after a stall or black-out began
+BURST = 0.006  # seconds' worth of bytes that a paced connection sends at once
+CREDIT = 0.020  # seconds by which a paced connection that was held up may be early afterwards
 BACKLOG = 1024
-SO_MAX_PACING_RATE = 47  # socket.h; Python has no name for it
-LENGTH = re.compile(rb"(?i)(\r\ncontent-length: *)(\d+)")
-RANGE = re.compile(rb"(?i)(\r\ncontent-range: *bytes )(\d+)-(\d+)/(\d+|\*)")
-
-
-class Reset(Exception):
-    """The client's connection is to end at once, with a reset."""
-
-
-class Ended(Exception):
-    """The peer, or a fault, ended the connection where more bytes should have come."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """Of a request or a response, as it came."""
-
-    raw: bytes
-
-    @property
-    def first(self) -> list[str]:
-        """The words of the first line."""
-        return self.raw.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
-
-    @property
-    def status(self) -> int:
-        return int(self.first[1])
-
-    @property
-    def key(self) -> str:
-        """BUCKET/KEY of a request."""
-        return unquote(self.first[1].split("?")[0]).lstrip("/")
-
-    @property
-    def length(self) -> int:
-        found = LENGTH.search(self.raw)
-        return int(found[2]) if found else 0
-
-    def says(self, name: str, value: str) -> bool:
-        return re.search(rf"(?i)\r\n{name}: *{value}".encode(), self.raw) is not None
-
-
-class Wire:
-    """A socket, and what was read from it together with a head."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.rest = b""
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def until(self, end: bytes) -> bytes:
-        """Bytes up to and with `end`."""
-        while end not in self.rest:
-            found = self.sock.recv(HEAD)
-            if not found or len(self.rest) > HEAD:
-                raise Ended
-            self.rest += found
-        data, self.rest = self.rest[: self.rest.index(end) + len(end)], self.rest[self.rest.index(end) + len(end) :]
-        return data
-
-    def head(self) -> Head:
-        return Head(self.until(b"\r\n\r\n"))
-
-    def some(self, size: int) -> bytes:
-        """At most `size` bytes, at least one."""
-        data, self.rest = self.rest[:size], self.rest[size:]
-        data = data or self.sock.recv(min(size, HEAD))
-        if not data:
-            raise Ended
-        return data
-
-    def chunked(self) -> bytes:
-        """A body in Transfer-Encoding: chunked, as it comes, to the end of its trailers."""
-        parts = []
-        while True:
-            parts.append(self.until(b"\r\n"))
-            size = int(parts[-1].split(b";")[0], 16)
-            if not size:
-                break
-            size += 2
-            while size:
-                parts.append(self.some(size))
-                size -= len(parts[-1])
-        while parts[-1] != b"\r\n":
-            parts.append(self.until(b"\r\n"))
-        return b"".join(parts)
-
-    def reset(self) -> None:
-        """Close with RST: Linux sends it where a socket that lingers for 0 s is closed."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
 
 
 class Server:
     """What all connections share."""
 
-    def __init__(self, port: int, rate: float, delay: float) -> None:
-        self.target, self.rate, self.delay = ("127.0.0.1", port), int(rate), delay
+    def __init__(self, port: int, rate: float, delay: float, keep: bool) -> None:
+        self.target, self.rate, self.delay, self.keep = ("127.0.0.1", port), rate, delay, keep
+        self.burst = min(PIPE, max(4096, int(rate * BURST))) if rate else PIPE
+        self.kept: dict[str, Kept] = {}
         with socket.create_server(("127.0.0.1", 0)) as any_port:
             port = any_port.getsockname()[1]
         self.listener = socket.create_server(("127.0.0.1", port), backlog=BACKLOG)  # by number: then it is kept
@@ -207,12 +118,13 @@ class Connection:
     """One client's, in a thread of its own, with a connection of its own to the server."""
 
     def __init__(self, server: Server, client: socket.socket) -> None:
-        if server.rate:
-            client.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, server.rate)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SNDBUF)
         self.server, self.client = server, Wire(client)
         self.upstream: Wire | None = None
+        self.kept: Kept | None = None  # whose body is sent, from byte `offset` on; else it comes from upstream
+        self.offset = 0
+        self.free = 0.0  # when the rate allows the next byte
         self.pipe = os.pipe()
+        fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE)
 
     def run(self) -> None:
         try:
@@ -254,14 +166,15 @@ class Connection:
         kind, place = self.server.draw(key)
         if kind in ANSWERS:
             return self.refuse(request, kind, due)
-        response = self.forward(request)
+        response = self.respond(request)
         if kind == "reset":
             self.server.strike(kind)
             raise Reset
         self.server.light()
         time.sleep(max(0.0, due - time.monotonic()))
-        assert self.upstream is not None
+        self.free = time.monotonic()
         if response.says("transfer-encoding", "chunked"):  # listings: whole, so that all bodies are alike
+            assert self.upstream is not None
             self.client.sock.sendall(response.raw + self.upstream.chunked())
         else:
             self.answer(request, response, kind, place)
@@ -274,14 +187,26 @@ class Connection:
         if not request.says("expect", "100-continue"):
             self.upload(request, None)
         self.server.strike(kind)
-        status, code, text = ANSWERS[kind]
-        body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}</Message></Error>'
-        head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
-        time.sleep(max(0.0, due - time.monotonic()))
         last = request.says("expect", "100-continue")
-        sent = "" if request.first[0] == "HEAD" else body
-        self.client.sock.sendall(f"{head}{'Connection: close' + chr(13) + chr(10) if last else ''}\r\n{sent}".encode())
+        head = Head.error(*ANSWERS[kind], *(["Connection: close"] if last else []))
+        time.sleep(max(0.0, due - time.monotonic()))
+        self.client.sock.sendall(head.raw + (b"" if request.first[0] == "HEAD" else head.body or b""))
         return not last
+
+    def respond(self, request: Head) -> Head:
+        """The head of the answer; what is kept is answered here."""
+        self.kept = self.server.kept.get(request.key) if request.plain else None
+        if self.kept is None:
+            response = self.forward(request)
+            if not self.server.keep or not request.plain:
+                self.server.kept.pop(request.key, None)  # it was perhaps replaced
+                return response
+            if request.first[0] == "HEAD" or response.status != 200:
+                return response
+            assert self.upstream is not None
+            self.kept = self.server.kept[request.key] = Kept.read(response, self.upstream)
+        response, self.offset = self.kept.head(request)
+        return response
 
     def forward(self, request: Head) -> Head:
         """The server's answer, up to its body.  A server may close a connection that was idle: then again, anew."""
@@ -324,11 +249,13 @@ class Connection:
         length = 0 if method == "HEAD" or head.status in (204, 304) else head.length
         at = int(place * length)
         for pattern, wrong in self.server.faults.damaged.items():
-            found = RANGE.search(head.raw)
+            found = CONTENT_RANGE.search(head.raw)
             start = int(found[2]) if found else 0
             if head.status < 300 and method == "GET" and start <= wrong < start + length and re.search(pattern, key):
                 kind, at = "damaged", wrong - start
-        self.client.sock.sendall(head.raw)
+        if head.body is not None:
+            length = 0
+        self.client.sock.sendall(head.raw + (head.body or b"" if method == "GET" else b""))
         if length and kind:
             self.server.strike(kind)
             self.move(method, key, at)
@@ -341,7 +268,7 @@ class Connection:
 
     def shortened(self, response: Head, key: str) -> tuple[Head, bool]:
         """The head as if the object ended where a `cut` says, and whether all of the server's body belongs to it."""
-        found = RANGE.search(response.raw)
+        found = CONTENT_RANGE.search(response.raw)
         for pattern, size in self.server.faults.cut.items():
             if response.status not in (200, 206) or not re.search(pattern, key):
                 continue
@@ -349,17 +276,15 @@ class Connection:
             if stop <= size and not found:
                 continue
             if start >= size and found:
-                said = f"HTTP/1.1 416 InvalidRange\r\nContent-Range: bytes */{size}\r\nContent-Length: 0\r\n\r\n"
-                return Head(said.encode()), False
+                return Head.no_range(size), False
             stop = min(stop, size)
-            raw = RANGE.sub(rb"\g<1>%d-%d/%d" % (start, stop - 1, size), response.raw)
+            raw = CONTENT_RANGE.sub(rb"\g<1>%d-%d/%d" % (start, stop - 1, size), response.raw)
             head = Head(LENGTH.sub(rb"\g<1>%d" % (stop - start), raw))
             return head, head.length == response.length
         return response, True
 
     def spoil(self, kind: str, method: str, key: str) -> None:
         """Do what `kind` does between two bytes of a body."""
-        assert self.upstream is not None
         if kind == "broken":
             raise Reset
         if kind == "short":
@@ -367,36 +292,45 @@ class Connection:
         if kind == "stall":
             time.sleep(self.server.faults.stall_seconds)
         else:
-            with self.server.lock:
-                self.server.sizes[method, key] += 1
-            self.client.sock.sendall(bytes([self.upstream.some(1)[0] ^ 1]))
+            self.load(method, key, 1)
+            self.client.sock.sendall(bytes([os.read(self.pipe[0], 1)[0] ^ 1]))
 
     def move(self, method: str, key: str, length: int) -> None:
-        """`length` bytes from the server to the client; counted before they are sent, so that counts are never late."""
-        assert self.upstream is not None
+        """`length` bytes of the body to the client, at the server's rate."""
         while length:
-            if self.upstream.rest:
-                data = self.upstream.some(length)
-                size = len(data)
-            else:
-                data, size = b"", os.splice(self.upstream.sock.fileno(), self.pipe[1], min(length, PIPE))
-                if not size:
-                    raise Ended
-            with self.server.lock:
-                self.server.sizes[method, key] += size
+            size = self.load(method, key, length)
             length -= size
-            self.server.light()
-            if data:
-                self.client.sock.sendall(data)
-                continue
             while size:
                 size -= os.splice(self.pipe[0], self.client.sock.fileno(), size)
+            if self.server.rate and self.free > (now := time.monotonic()):
+                time.sleep(self.free - now)
+
+    def load(self, method: str, key: str, length: int) -> int:
+        """Some of the next `length` bytes into the pipe.  They count before they are sent: counts are never late."""
+        length = min(length, self.server.burst)
+        if self.kept is not None:
+            size = os.splice(self.kept.file.fileno(), self.pipe[1], length, offset_src=self.offset)
+            self.offset += size
+        else:
+            assert self.upstream is not None
+            if self.upstream.rest:
+                size = os.write(self.pipe[1], self.upstream.some(length))
+            else:
+                size = os.splice(self.upstream.sock.fileno(), self.pipe[1], length)
+        if not size:
+            raise Ended
+        with self.server.lock:
+            self.server.sizes[method, key] += size
+        if self.server.rate:
+            self.free = max(self.free, time.monotonic() - CREDIT) + size / self.server.rate
+        self.server.light()
+        return size
 
 
-def main(port: str, rate: str, delay: str) -> None:
+def main(port: str, rate: str, delay: str, keep: str) -> None:
     """Obey the lines of standard input; the port is the first line of the output."""
     threading.stack_size(2**18)
-    server = Server(int(port), float(rate), float(delay))
+    server = Server(int(port), float(rate), float(delay), keep == "True")
     threading.Thread(target=server.serve, daemon=True).start()
     print(server.listener.getsockname()[1], flush=True)
     while line := sys.stdin.readline().strip():
