@@ -32,8 +32,8 @@ NEVER = {
 }
 # Library -> the only modules (or packages of modules) that may import it.
 LIBRARIES = {
-    "boto3": ("calotype.data.store",),
-    "botocore": ("calotype.data.store",),
+    "boto3": ("calotype.data.s3",),
+    "botocore": ("calotype.data.s3",),
     "webdataset": ("calotype.data.shards",),
     "tarfile": ("calotype.data.shards",),
     "deepspeed": ("calotype.train.engine", "calotype.train.ema"),

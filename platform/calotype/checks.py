@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from calotype.config import Autoencoder, Condition, TrainAutoencoder, TrainDenoiser
+from calotype.config import Autoencoder, CacheLatents, Condition, Prepare, TrainAutoencoder, TrainDenoiser
 from calotype.errors import ConfigError
 
 # Code that a config may name with `_target_`.  Everything else is refused before anything is imported.
@@ -106,6 +106,8 @@ def check(config: Any) -> None:
             _check_condition(name, condition)
     if not re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,99}", config.name):
         raise ConfigError(f"name={config.name!r} becomes part of file names: use letters, digits, _ . and -, up to 100")
+    if isinstance(config, Prepare | CacheLatents) and (config.data.filter or config.data.takedown):
+        raise ConfigError("data.filter and data.takedown choose what is trained on: leave them out of this job")
     if isinstance(config, TrainDenoiser):
         check_denoiser(config)
     if isinstance(config, TrainAutoencoder | TrainDenoiser):
@@ -211,9 +213,7 @@ def _check_condition(name: str, condition: Condition) -> None:
 def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
     train, cluster = config.train, config.cluster
     if not 0 <= train.lanes <= train.batch:
-        raise ConfigError(
-            f"train.lanes={train.lanes} must be 0 to train.batch={train.batch}: lanes share its slots"
-        )
+        raise ConfigError(f"train.lanes={train.lanes} must be 0 to train.batch={train.batch}: lanes share its slots")
     if cluster.workers > train.batch:
         raise ConfigError(
             f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "

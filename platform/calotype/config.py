@@ -31,6 +31,11 @@ class Data:
 
     name: str = setting(MISSING, "dataset name: shards and manifests live under ROOT/datasets/NAME")
     digest: str = setting("", "digest of the dataset's manifest; filled in on submit, newest version if empty")
+    filter: list[Any] = setting(
+        [], "training: samples to keep, as pyarrow's filters: [[width,'>=',512],[label,in,[1,2]]]", identity=False
+    )
+    takedown: str = setting("", "training: a text file of keys, here or s3://, not to be used", identity=False)
+    selection: str = setting("", "digest of filter and takedown over the dataset; filled in on submit")
     kind: str = setting("digits", "source to prepare from: digits | folder")
     path: str = setting("", "folder: where the images lie")
     captions: str = setting("sidecar", "folder: sidecar (.txt beside each image) | table | folder_name | none")

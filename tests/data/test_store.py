@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from calotype.data import store as rooms
+from calotype.data import s3 as rooms
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import CalotypeError, ConfigError, DataError
 
@@ -98,12 +98,13 @@ def test_files_too_big_for_one_put_are_published_in_parts(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from calotype.data import files, store
+from calotype.data import files, s3
+from calotype.data.store import open_store
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 os.link = die                           # the folder's last step
-store.S3Store._conditional = die        # S3's: everything was sent, nothing completed
-store.SINGLE_PUT = 1
-store.open_store(sys.argv[1]).publish("victim", Path(sys.argv[2]))
+s3.S3Store._conditional = die        # S3's: everything was sent, nothing completed
+s3.SINGLE_PUT = 1
+open_store(sys.argv[1]).publish("victim", Path(sys.argv[2]))
 """
 
 

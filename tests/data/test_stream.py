@@ -1,168 +1,33 @@
-"""One order: the same batches at any world size, every sample once per epoch, a rank's bytes its own."""
+"""Streams: one golden order at any world size, with any loaders, after any stop; a rank's bytes its own; no loss."""
 
 from __future__ import annotations
 
-import hashlib
+import pickle
+import random
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-from calotype.data import stream as rooms
+from calotype.data import Dataset, Reading, Sample, Stream
 from calotype.data.files import FolderStore
 from calotype.data.manifest import Shard
-from calotype.data.shards import Sample, write_shard
+from calotype.data.npy import to_npy
+from calotype.data.order import slots
+from calotype.data.reader import Reader
+from calotype.data.shards import write_shard
 from calotype.data.store import open_store
-from calotype.data.stream import Order, Purpose, Stream, philox, slots
-from calotype.errors import ConfigError, DataError
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from calotype.errors import CalotypeError, ConfigError, DataError
 
 BATCH = 64
-
-
-def flat(order: Order, positions: np.ndarray) -> np.ndarray:
-    """Sample numbers in manifest order."""
-    chunk, index = order.locate(positions)
-    assert (index < order.counts[chunk]).all()
-    return np.concatenate([[0], np.cumsum(order.counts)])[chunk] + index
-
-
-COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=60)  # shards of one sample, fewer chunks than lanes, ...
-BATCHES = st.sampled_from([(1, 1), (12, 3), (64, 0), (64, 1), (64, 8), (64, 64), (7, 7)])
-WINDOWS = st.sampled_from([1, 5, 64, 1024])
-
-
-@settings(max_examples=60, deadline=None)
-@given(counts=COUNTS, shape=BATCHES, window=WINDOWS, seed=st.integers(0, 2**63))
-def test_every_sample_once_per_epoch(counts: list[int], shape: tuple[int, int], window: int, seed: int) -> None:
-    order = Order(counts, seed, *shape, window)
-    total = len(order)
-    assert total == sum(counts)
-    for epoch in range(3):  # N is rarely a multiple of B: epochs begin in the middle of batches
-        assert sorted(flat(order, np.arange(epoch * total, (epoch + 1) * total))) == list(range(total))
-
-
-@settings(max_examples=40, deadline=None)
-@given(counts=COUNTS, shape=BATCHES, window=WINDOWS, data=st.data())
-def test_any_position_is_located_alone(
-    counts: list[int], shape: tuple[int, int], window: int, data: st.DataObject
-) -> None:
-    order = Order(counts, 3, *shape, window)
-    whole = flat(order, np.arange(4 * len(order)))
-    asked = data.draw(st.lists(st.integers(0, 4 * len(order) - 1), max_size=20))
-    fresh = Order(counts, 3, *shape, window)
-    assert list(flat(fresh, np.array(asked, np.int64))) == list(whole[asked])
-    assert flat(fresh, np.array([asked], np.int64)).shape == (1, len(asked))
-
-
-@settings(max_examples=60, deadline=None)
-@given(counts=COUNTS, shape=BATCHES, window=WINDOWS, world=st.integers(1, 5), epoch=st.integers(0, 2))
-def test_last_use_is_never_too_early(
-    counts: list[int], shape: tuple[int, int], window: int, world: int, epoch: int
-) -> None:
-    order = Order(counts, 1, *shape, window)
-    positions = np.arange(epoch * len(order), (epoch + 1) * len(order))
-    chunk, _ = order.locate(positions)
-    for rank in range(world):
-        mine = slots(rank, world, shape[0])
-        owned = np.isin(positions % shape[0], list(mine))
-        for one in np.unique(chunk[owned]):
-            true = positions[owned & (chunk == one)].max() + 1
-            found = order.last_use(epoch, int(one), mine)
-            assert found == true if world == 1 else found >= true
-
-
-def test_orders_differ_by_seed_and_epoch() -> None:
-    order, other = Order([10] * 20, 0, BATCH), Order([10] * 20, 1, BATCH)
-    first, second = flat(order, np.arange(200)), flat(order, np.arange(200, 400))
-    assert (first != second).mean() > 0.9
-    assert (first != flat(other, np.arange(200))).mean() > 0.9
-    assert (flat(Order([10] * 20, 0, BATCH), np.arange(200)) == first).all()
-
-
-def test_order_v1_is_for_ever() -> None:
-    """Runs resume by it: never change these."""
-    order = Order([256, 256, 100, 1, 256, 31], 7, 64, 16, 32)
-    places = flat(order, np.arange(10_000))
-    assert places[:8].tolist() == [613, 614, 638, 643, 673, 674, 676, 675]
-    assert (
-        hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()
-        == "e0104b5bb7577c1addc50990dd20aaa53c19994623052f71412eb5f15c1c13e9"
-    )
-    assert philox(7, 2**40, Purpose.NOISE).bit_generator.random_raw(2).tolist() == [
-        16108002432955230236,
-        5842217651416551070,
-    ]
-    names = ["NOISE", "TIMESTEP", "DROP", "POSTERIOR", "FLIP", "CHUNKS", "WINDOW"]
-    assert {purpose.name: purpose.value for purpose in Purpose} == dict(zip(names, [*range(1, 6), 101, 102]))
-
-
-def test_random_numbers_belong_to_sample_and_purpose() -> None:
-    draws = [
-        philox(seed, position, purpose).standard_normal(1000)
-        for seed in (0, 1, -1, 2**64 - 2)
-        for position in (0, 1, 2**40)
-        for purpose in (Purpose.NOISE, Purpose.DROP)
-    ]
-    for number, draw in enumerate(draws):
-        assert abs(draw.mean()) < 0.15
-        assert all(abs(np.corrcoef(draw, other)[0, 1]) < 0.15 for other in draws[:number])
-    assert (philox(3, 5, 1).random(4) == philox(3, 5, 1).random(4)).all()
-
-
-@pytest.mark.parametrize("world", range(1, 10))
-@pytest.mark.parametrize("batch", [1, 5, 64])
-def test_slots_are_a_partition(world: int, batch: int) -> None:
-    owned = [slots(rank, world, batch) for rank in range(world)]
-    assert [slot for each in owned for slot in each] == list(range(batch))
-    assert max(map(len, owned)) - min(map(len, owned)) <= 1
-
-
-@pytest.mark.parametrize("lanes", [3, 65, -64])
-def test_impossible_lanes_are_refused(lanes: int) -> None:
-    with pytest.raises(ConfigError, match=r"train\.lanes"):
-        Order([10], 0, BATCH, lanes)
-    with pytest.raises(DataError):
-        Order([], 0, BATCH)
-
-
-@pytest.mark.parametrize(("lanes", "window", "bound"), [(0, 1024, 1.15), (16, 1024, 1.3), (64, 64, 1.3)])
-def test_sorted_classes_come_out_mixed(lanes: int, window: int, bound: float) -> None:
-    """Classes per batch spread like those of a true shuffle: chi-squared per degree of freedom is 1 there."""
-    classes, each = 10, 4000
-    order = Order([100] * (classes * each // 100), 0, BATCH, lanes, window)
-    labels = flat(order, np.arange(classes * each)) // each
-    assert spread(labels, classes) < bound * spread(np.random.default_rng(0).permutation(labels), classes)
-    assert spread(np.sort(labels), classes) > 50
-
-
-def spread(labels: np.ndarray, classes: int) -> float:
-    batches = labels[: len(labels) // BATCH * BATCH].reshape(-1, BATCH)
-    counts = np.stack([(batches == label).sum(1) for label in range(classes)], 1)
-    expected = BATCH / classes
-    return float((((counts - expected) ** 2 / expected).sum(1) / (classes - 1)).mean())
-
-
-def test_a_million_chunks_are_located_fast() -> None:
-    order = Order(np.full(1_000_000, 256), 0, 1024)
-    began = time.perf_counter()
-    order.locate(np.arange(10**11, 10**11 + 1024))  # epoch 390: permutes a million chunks
-    first = time.perf_counter() - began
-    began = time.perf_counter()
-    for step in range(1, 11):
-        order.locate(np.arange(1024) + 10**11 // 1024 * 1024 + step * 1024)
-    assert first < 5
-    assert (time.perf_counter() - began) / 10 < 0.2
-
-
-# ------------------------------------------------------------------------------------------- streams
 
 
 @dataclass(frozen=True)
@@ -174,6 +39,10 @@ class Counting(FolderStore):
         READS.append((key, start, len(data)))
         return data
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        READS.append((key, start, len(buffer)))
+        return super().read_into(key, start, buffer)
+
 
 READS: list[tuple[str, int, int]] = []
 
@@ -183,90 +52,214 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Counting, list[Sh
     store = Counting(tmp_path_factory.mktemp("shards"))
     sizes = [100, 101, 1, 102, 90, 7, 64]
     return store, [
-        write_shard(store, f"{n}.tar", [Sample(f"{n}-{i}", {"txt": b"%d" % i * 50}) for i in range(size)], 16)
-        for n, size in enumerate(sizes)
+        write_shard(store, f"{n}.tar", [sample(n, i) for i in range(size)], 16) for n, size in enumerate(sizes)
     ]
 
 
-def keys(written: tuple[Counting, list[Shard]], world: int, steps: int, position: int = 0, **more: int) -> list[str]:
+def sample(shard: int, index: int) -> Sample:
+    array = np.full((2, 3), 1000 * shard + index, np.float32)
+    return Sample(f"{shard}-{index}", {"txt": b"%d" % index * 50, "x.npy": to_npy(array)})
+
+
+def keys(written: tuple[FolderStore, list[Shard]], world: int, steps: int, position: int = 0, **more: int) -> list[str]:
     """Keys by position over all ranks."""
     found: dict[int, str] = {}
+    reading = Reading(workers=more.pop("workers", 0), memory=2**24)
     for rank in range(world):
-        with Closing(*written, seed=5, batch=BATCH, rank=rank, world=world, position=position, **more) as stream:
+        stream = Stream(Dataset(*written), seed=5, batch=BATCH, rank=rank, world=world, reading=reading, **more)
+        with closing(stream.at(position)):
             for step, batch in enumerate(islice(stream, steps), position // BATCH):
                 assert batch.step == step
                 owned = slots(rank, world, BATCH)
                 assert list(batch.positions) == list(range(step * BATCH + owned.start, step * BATCH + owned.stop))
-                found |= zip(batch.positions.tolist(), (sample.key for sample in batch.samples), strict=True)
-                assert all(sample.members["txt"] == sample.key.split("-")[1].encode() * 50 for sample in batch.samples)
+                assert [one.key for one in batch.samples] == batch.keys
+                found |= zip(batch.positions.tolist(), batch.keys, strict=True)
+                assert all(one.members["txt"] == one.key.split("-")[1].encode() * 50 for one in batch.samples)
     assert sorted(found) == list(range(position, position + steps * BATCH))
     return [found[place] for place in sorted(found)]
 
 
-class Closing(Stream):
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 @pytest.mark.parametrize("lanes", [0, 8])
-@pytest.mark.parametrize("world", [2, 3, 5, 64, 70])
+@pytest.mark.parametrize("world", [2, 3, 5, 64])
 def test_batches_are_the_same_at_any_world_size(written: tuple[Counting, list[Shard]], world: int, lanes: int) -> None:
-    steps = 8 if world > 10 else 23  # 23 x 64 samples: over three epochs of 465
+    steps = 4 if world > 10 else 23  # 23 x 64 samples: over three epochs of 465
     alone = keys(written, 1, steps, lanes=lanes, window=8)
     assert keys(written, world, steps, lanes=lanes, window=8) == alone
     for epoch in range(steps * BATCH // 465):
         assert len(set(alone[epoch * 465 : (epoch + 1) * 465])) == 465
 
 
+@pytest.fixture(scope="module")
+def golden(written: tuple[Counting, list[Shard]]) -> list[str]:
+    """Ids of two epochs (465 samples) and more, by position."""
+    made = keys(written, 1, 23, window=8)
+    assert len(set(made[:465])) == len(set(made[465:930])) == 465
+    return made
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_the_golden_order(written: tuple[Counting, list[Shard]], golden: list[str], world: int) -> None:
+    """Two epochs, stopped at random places and each time taken up by another number of ranks."""
+    dice = random.Random(world)
+    position = 0
+    while position < 15 * BATCH:
+        steps = min(dice.randint(1, 9), 15 - position // BATCH)
+        assert keys(written, world, steps, position, window=8) == golden[position : position + steps * BATCH]
+        position += steps * BATCH
+        world = dice.choice([1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_golden_order_with_loaders(
+    written: tuple[Counting, list[Shard]], golden: list[str], world: int, workers: int
+) -> None:
+    steps = 3 + world  # then another world goes on
+    assert keys(written, world, steps, window=8, workers=workers) == golden[: steps * BATCH]
+    assert keys(written, 1, 15 - steps, steps * BATCH, window=8, workers=workers) == golden[steps * BATCH : 15 * BATCH]
+
+
+KILLED = """
+import sys, pathlib, pickle
+from calotype.data import Dataset, Reading, Stream
+dataset, position, workers = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+stream = Stream(dataset, seed=5, batch=64, window=8, reading=Reading(workers=workers, memory=2**24)).at(position)
+for batch in stream:
+    print(batch.cursor["position"], *batch.keys, flush=True)
+"""
+
+
+def test_killed_at_random_points_it_goes_on(
+    written: tuple[Counting, list[Shard]], golden: list[str], tmp_path: Path
+) -> None:
+    """A real process, killed with its loaders; the next one begins at the last cursor that was written down."""
+    found: list[str] = []
+    for turn in range(4):
+        state = (Dataset(FolderStore(written[0].path), written[1]), len(found), turn % 3)
+        (tmp_path / "state").write_bytes(pickle.dumps(state))
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "state")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": PLATFORM, "PATH": ""})
+        assert process.stdout is not None
+        for line in islice(process.stdout, 2 + turn):
+            position, *names = line.split()
+            found += names
+            assert int(position) == len(found)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert found == golden[: len(found)]
+    assert len(found) == 14 * BATCH
+
+
+PLATFORM = str(Path(__file__).parents[2] / "platform")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_arrays_are_stacked(written: tuple[Counting, list[Shard]], golden: list[str], workers: int) -> None:
+    reading = Reading(workers=workers, memory=2**24)
+    with closing(Stream(Dataset(*written), seed=5, batch=BATCH, window=8, arrays=["x"], reading=reading)) as stream:
+        kept = list(islice(stream, 12))  # all of them held at once: none may be written over
+    for batch in kept:
+        assert batch.arrays["x"].shape == (BATCH, 2, 3)
+        assert batch.keys == golden[batch.step * BATCH : (batch.step + 1) * BATCH]
+        numbers = [1000 * int(shard) + int(index) for shard, index in (key.split("-") for key in batch.keys)]
+        assert batch.arrays["x"][:, 1, 2].tolist() == numbers
+
+
+def test_what_is_no_array_of_one_shape_is_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    mixed = [Sample(str(i), {"x.npy": to_npy(np.zeros(1 + i // 8))}) for i in range(16)]
+    row = write_shard(store, "x.tar", mixed, 8)
+    for arrays, said in ((["y"], r"x\.tar.*y\.npy.*they have x\.npy"), (["x"], "in buckets by shape")):
+        stream = Stream(Dataset(store, [row]), seed=0, batch=8, arrays=arrays)
+        with closing(stream), pytest.raises(DataError, match=said):
+            next(iter(stream))
+    row = write_shard(store, "y.tar", mixed, 16)
+    stream = Stream(Dataset(store, [row]), seed=0, batch=8, arrays=["x"])
+    with closing(stream), pytest.raises(DataError, match="differ in dtype or shape"):
+        next(iter(stream))
+
+
+def lengths(sample: Sample) -> dict[str, np.ndarray]:
+    if sample.key == "0-13":
+        raise DataError("sample 0-13 cannot be decoded")
+    return {"length": np.array(len(sample.members["txt"]))}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_decoded_in_parallel(
+    written: tuple[Counting, list[Shard]], golden: list[str], workers: int
+) -> None:
+    reading = Reading(workers=workers, memory=2**24, on_error="quarantine", error_budget=1)
+    stream = Stream(Dataset(*written), seed=5, batch=BATCH, window=8, decode=lengths, reading=reading)
+    with closing(stream):
+        for batch in islice(stream, 8):
+            assert batch.keys == golden[batch.step * BATCH : (batch.step + 1) * BATCH]
+            expected = [0 if key == "0-13" else 50 * len(key.split("-")[1]) for key in batch.keys]
+            assert batch.arrays["length"].tolist() == expected
+            assert batch.present.tolist() == [key != "0-13" for key in batch.keys]
+    assert stream.skipped == {"0-13": "sample 0-13 cannot be decoded"}
+
+
 def test_a_cursor_goes_on_with_the_next_batch(written: tuple[Counting, list[Shard]]) -> None:
     whole = keys(written, 1, 20)
-    with Closing(*written, seed=5, batch=BATCH, rank=1, world=3) as stream:
-        for _ in islice(stream, 9):
-            pass
+    with closing(Stream(Dataset(*written), seed=5, batch=BATCH, rank=1, world=3)) as stream:
+        cursors = [batch.cursor for batch in islice(stream, 9)]
         state = stream.state_dict()
-    assert state == {"position": 9 * BATCH}
+    assert state == cursors[-1] == {"position": 9 * BATCH}
+    assert stream.where(9 * BATCH) == "cursor 576: epoch 2, sample 111 of 465"
     assert keys(written, 5, 11, **state) == whole[9 * BATCH :]
-    with Closing(*written, seed=5, batch=BATCH) as stream:
+    with closing(Stream(Dataset(*written), seed=5, batch=BATCH)) as stream:
         old = iter(stream)
         next(old)
         stream.load_state_dict(state)
-        assert [sample.key for sample in next(iter(stream)).samples] == whole[9 * BATCH : 10 * BATCH]
+        assert next(iter(stream)).keys == whole[9 * BATCH : 10 * BATCH]
         assert list(old) == []
         with pytest.raises(DataError, match=r"train\.batch"):
             stream.load_state_dict({"position": 100})
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_rank_reads_its_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
-    monkeypatch.setattr(rooms, "SPARE", 0)
+def test_a_rank_reads_its_share_once_in_bounded_memory(tmp_path: Path, world: int) -> None:
     store = Counting(tmp_path)
     shards = [
         write_shard(store, f"{n}.tar", [Sample(f"{n}-{i}", {"bin": bytes(2000)}) for i in range(800)], 20)
         for n in range(4)
     ]
     total, steps = sum(shard.bytes for shard in shards), 3200 // BATCH
-    held: list[int] = []
-    release = rooms._Chunks.release
-
-    def watched(self: rooms._Chunks, position: int) -> None:
-        release(self, position)
-        held.append(len(self._held))
-
-    monkeypatch.setattr(rooms._Chunks, "release", watched)
+    memory = 8 // world * 6 * shards[0].chunk_bytes
     for rank in range(world):
         READS.clear()
-        with Closing(store, shards, seed=0, batch=BATCH, lanes=8, window=40, rank=rank, world=world) as stream:
-            for _ in islice(stream, steps - 6):  # the plan, six steps ahead, must not reach the next epoch
+        order = {"seed": 0, "batch": BATCH, "lanes": 8, "window": 40, "rank": rank, "world": world}
+        with closing(Stream(Dataset(store, shards), reading=Reading(memory=memory), **order)) as stream:
+            for _ in islice(stream, steps - 8):  # what is read ahead must not reach the next epoch
                 pass
             time.sleep(0.2)
         chunks = Counter((key, start) for key, start, _ in READS if key.endswith(".tar"))
         assert max(chunks.values()) == 1, "a chunk was read twice in an epoch"
         assert sum(size for key, _, size in READS if key.endswith(".tar")) < 1.1 * total / world
         assert sum(key.endswith("json") for key, _, _ in READS) == 4
-    assert max(held) <= 8 // world * (40 // 20 + 3), "chunks are kept longer than their windows need"
+
+
+def test_memory_is_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+    row = write_shard(store, "x.tar", [Sample(str(i), {"bin": bytes(3000)}) for i in range(2000)], 10)
+    budget, seen = 30 * row.chunk_bytes, []
+    made = Reader._made
+
+    def watched(self: Reader, step: object, chunks: object, pool: object) -> object:
+        seen.append(chunks.used)  # type: ignore[attr-defined]
+        return made(self, step, chunks, pool)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Reader, "_made", watched)
+    stream = Stream(Dataset(store, [row]), seed=0, batch=16, lanes=8, window=20, reading=Reading(memory=budget))
+    with closing(stream):
+        for _ in islice(stream, 200):
+            pass
+    assert max(seen) <= budget + 16 * row.chunk_bytes  # the chunks of one batch, asked for when it was nearly full
+    assert np.median(seen) > budget / 2
+    with pytest.raises(ConfigError, match=r"stream\.memory_mb"):
+        Stream(Dataset(store, [row]), seed=0, batch=64, reading=Reading(memory=10 * row.chunk_bytes))
 
 
 def test_a_small_data_set_is_read_once(written: tuple[Counting, list[Shard]]) -> None:
@@ -277,11 +270,14 @@ def test_a_small_data_set_is_read_once(written: tuple[Counting, list[Shard]]) ->
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    shards = [write_shard(store, f"{n}.tar", [Sample(f"{i}", {"txt": b"x"}) for i in range(64)], 16) for n in range(2)]
+    shards = [
+        write_shard(store, f"{n}.tar", [Sample(f"{n}-{i}", {"txt": b"x"}) for i in range(64)], 16) for n in range(2)
+    ]
     data = bytearray(store.read("1.tar"))
     data[20_000] ^= 1
     store.write("1.tar", bytes(data))
-    with Closing(store, shards, seed=0, batch=BATCH) as stream, pytest.raises(DataError, match=r"1\.tar is damaged"):
+    stream = Stream(Dataset(store, shards), seed=0, batch=BATCH)
+    with closing(stream), pytest.raises(DataError, match=r"1\.tar is damaged"):
         list(islice(stream, 3))
 
 
@@ -289,7 +285,7 @@ def test_closing_ends_the_threads(written: tuple[Counting, list[Shard]]) -> None
     def alive() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "chunk"))]
 
-    with Closing(*written, seed=5, batch=BATCH) as stream:
+    with closing(Stream(Dataset(*written), seed=5, batch=BATCH)) as stream:
         next(iter(stream))
         assert stream.state_dict() == {"position": BATCH}
     deadline = time.monotonic() + 5
@@ -300,21 +296,166 @@ def test_closing_ends_the_threads(written: tuple[Counting, list[Shard]]) -> None
 
 LEFT = """
 import sys
-from calotype.data.shards import Sample, write_shard
+from calotype.data import Dataset, Reading, Sample, Stream
+from calotype.data.shards import write_shard
 from calotype.data.store import open_store
-from calotype.data.stream import Stream
 store = open_store(sys.argv[1])
 row = write_shard(store, "x.tar", [Sample(str(i), {"txt": b"x"}) for i in range(64)], 16)
-batches = iter(Stream(store, [row], seed=0, batch=8))
+batches = iter(Stream(Dataset(store, [row]), seed=0, batch=8, reading=Reading(workers=int(sys.argv[2]))))
 next(batches)
-assert "torch" not in sys.modules
+assert not {"torch", "ray", "mlflow", "deepspeed"} & set(sys.modules)
 """
 
 
-def test_a_stream_left_open_does_not_hold_the_process_and_needs_no_torch(tmp_path: Path) -> None:
-    path = str(Path(__file__).parents[2] / "platform")
-    command = [sys.executable, "-c", LEFT, str(tmp_path)]
-    subprocess.run(command, env={"PYTHONPATH": path, "PATH": ""}, check=True, timeout=60)
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_stream_left_open_does_not_hold_the_process_and_needs_no_torch(tmp_path: Path, workers: str) -> None:
+    command = [sys.executable, "-c", LEFT, str(tmp_path), workers]
+    subprocess.run(command, env={"PYTHONPATH": PLATFORM, "PATH": ""}, check=True, timeout=60)
+
+
+def test_a_loader_that_dies_is_an_error(written: tuple[Counting, list[Shard]]) -> None:
+    stream = Stream(Dataset(*written), seed=5, batch=BATCH, reading=Reading(workers=2))
+    with closing(stream):
+        batches = iter(stream)
+        next(batches)
+        children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children").read_text().split()
+        loaders = [pid for pid in children if b"data.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(loaders) == 2
+        subprocess.run(["kill", "-9", loaders[1]], check=True)
+        with pytest.raises(CalotypeError, match=r"loader process died \(signal 9\).*stream\.workers"):
+            list(islice(batches, 50))
+
+
+# ------------------------------------------------------------------------------------------- quarantine
+
+
+def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    rows = [
+        write_shard(store, f"{n}.tar", [sample(n, i) for i in range(64)], 16, columns={"n": list(range(64))})
+        for n in range(2)
+    ]
+    data = bytearray(store.read("1.tar"))
+    data[30_000] ^= 1  # in chunk 1 of the second shard
+    store.write("1.tar", bytes(data))
+    lost = {f"1-{i}" for i in range(16, 32)}
+    for workers in (0, 2):
+        reading = Reading(on_error="quarantine", error_budget=16, workers=workers)
+        stream = Stream(Dataset(store, rows), seed=0, batch=32, arrays=["x"], reading=reading)
+        with closing(stream):
+            batches = list(islice(stream, 8))
+        assert set(stream.skipped) == lost
+        assert all("damaged" in reason for reason in stream.skipped.values())
+        for batch in batches:
+            assert batch.present.tolist() == [key not in lost for key in batch.keys]
+            assert (batch.arrays["x"][~batch.present] == 0).all()
+            assert (batch.arrays["x"][batch.present].reshape(-1, 6).std(1) == 0).all()
+        assert sorted(key for batch in batches[:4] for key in batch.keys) == sorted(
+            f"{n}-{i}" for n in range(2) for i in range(64)
+        ), "each once, the left out among them"
+    reading = Reading(on_error="quarantine", error_budget=15)
+    stream = Stream(Dataset(store, rows), seed=0, batch=32, arrays=["x"], reading=reading)
+    with closing(stream), pytest.raises(DataError, match=r"16 samples.*stream\.error_budget=15"):
+        list(islice(stream, 8))
+
+
+# ------------------------------------------------------------------------------------------- more of it
+
+
+def test_filters_change_the_stream_not_the_data(written: tuple[Counting, list[Shard]]) -> None:
+    store, shards = written
+    keep = {shard.key: np.arange(shard.samples) % 3 == 0 for shard in shards}
+    wanted = {f"{n}-{i}" for n, shard in enumerate(shards) for i in range(0, shard.samples, 3)}
+    for world in (1, 3):
+        found: list[str] = []
+        for rank in range(world):
+            dataset = Dataset(store, shards, keep=keep)
+            stream = Stream(dataset, seed=5, batch=len(wanted), rank=rank, world=world)
+            with closing(stream):
+                assert stream.epoch_samples == len(wanted)
+                found += next(iter(stream)).keys
+        assert sorted(found) == sorted(wanted)
+
+
+def test_shapes_do_not_meet_in_a_batch(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    shapes = [(2, 2), (2, 3), (1, 4)]
+    rows = []
+    for n in range(3):
+        samples = [
+            Sample(f"{n}-{k}-{i}", {"x.npy": to_npy(np.full(shapes[k], i))}) for k in range(3) for i in range(20)
+        ]
+        rows.append(write_shard(store, f"{n}.tar", samples, 8, buckets=[i // 20 for i in range(60)]))
+    assert rows[0].buckets == ((0, 20), (1, 20), (2, 20))
+    assert rows[0].chunk_counts() == [8, 8, 4] * 3
+    everything: list[list[str]] = []
+    for workers in (0, 2):
+        reading = Reading(workers=workers)
+        with closing(Stream(Dataset(store, rows), seed=1, batch=12, arrays=["x"], reading=reading)) as stream:
+            batches = list(islice(stream, 30))
+        for batch in batches:
+            (kind,) = {key.split("-")[1] for key in batch.keys}
+            assert batch.arrays["x"].shape == (12, *shapes[int(kind)])
+        everything.append([key for batch in batches for key in batch.keys])
+        assert set(Counter(everything[-1][:180]).values()) == {1}
+    assert everything[0] == everything[1]
+
+
+def test_mixtures_are_one_stream(tmp_path: Path, written: tuple[Counting, list[Shard]]) -> None:
+    store = open_store(str(tmp_path))
+    other = Dataset(store, [write_shard(store, "x.tar", [sample(9, i) for i in range(50)], 8)], weight=1.0)
+    mine = Dataset(*written, weight=3.0)
+    found = []
+    for world in (1, 3):
+        share: dict[int, str] = {}
+        for rank in range(world):
+            stream = Stream([mine, other], seed=2, batch=16, rank=rank, world=world, arrays=["x"])
+            with closing(stream.at(16 * 5)):
+                for batch in islice(stream, 40):
+                    share |= zip(batch.positions.tolist(), batch.keys)
+        found.append([share[place] for place in sorted(share)])
+    assert found[0] == found[1]
+    assert sum(key.startswith("9-") for key in found[0]) == 160  # a quarter
+
+
+def test_a_torch_data_loader_reads_it(written: tuple[Counting, list[Shard]], golden: list[str]) -> None:
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class AsDataset(IterableDataset):
+        def __init__(self, stream: Stream) -> None:
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[list[str]]:
+            return (batch.keys for batch in self.stream)
+
+    for workers in (0, 1, 3):
+        stream = Stream(Dataset(FolderStore(written[0].path), written[1]), seed=5, batch=BATCH, window=8)
+        loader = DataLoader(AsDataset(stream.at(2 * BATCH)), batch_size=None, num_workers=workers)
+        batches = iter(loader)
+        found = [key for batch in islice(batches, 7) for key in batch]
+        del batches
+        stream.close()
+        assert found == golden[2 * BATCH : 9 * BATCH]
+
+
+def test_a_local_disk_is_read_instead(written: tuple[Counting, list[Shard]], golden: list[str], tmp_path: Path) -> None:
+    def read(steps: int) -> list[str]:
+        READS.clear()
+        reading = Reading(cache=str(tmp_path / "cache"), cache_bytes=10**8, memory=2**24)
+        with closing(Stream(Dataset(*written), seed=5, batch=BATCH, window=8, reading=reading)) as stream:
+            return [key for batch in islice(stream, steps) for key in batch.keys]
+
+    assert read(15) == golden[: 15 * BATCH]
+    assert sum(key.endswith(".tar") for key, _, _ in READS) > 0
+    assert read(15) == golden[: 15 * BATCH]
+    assert sum(key.endswith(".tar") for key, _, _ in READS) == 0
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 5000]
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[4000] ^= 1
+        path.write_bytes(data)
+    assert read(15) == golden[: 15 * BATCH], "what the disk changed is read anew"
+    assert sum(key.endswith(".tar") for key, _, _ in READS) >= len(files)
 
 
 def test_over_real_s3(bucket: str, written: tuple[Counting, list[Shard]]) -> None:
@@ -322,3 +463,4 @@ def test_over_real_s3(bucket: str, written: tuple[Counting, list[Shard]]) -> Non
     for entry in written[0].list():
         store.publish(entry.key, written[0].read(entry.key))
     assert keys((store, written[1]), 3, 10) == keys(written, 1, 10)  # type: ignore[arg-type]
+    assert keys((store, written[1]), 1, 3, workers=2) == keys(written, 1, 3)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ Memory is bounded: a chunk is asked for when there is room, or when the very nex
 from __future__ import annotations
 
 import heapq
+import logging
 import mmap
 import threading
 from collections import OrderedDict
@@ -23,9 +24,11 @@ from calotype.data.draws import Ints
 from calotype.data.manifest import Shard
 from calotype.data.npy import header_of
 from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
-from calotype.data.store import Store
+from calotype.data.store import Missing, Store
 from calotype.data.tar import BLOCK, Table
 from calotype.errors import CalotypeError, DataError
+
+log = logging.getLogger(__name__)
 
 SIDECARS = 4096  # kept by one process
 GRAIN = 2**16  # bytes by which buffers differ, so that they fit again
@@ -210,7 +213,13 @@ class Chunks:
             except DataError:
                 self._disk.discard(sidecar.hashes[index])
         if table is None:
-            table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
+            try:
+                table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
+            except Missing:
+                raise
+            except DataError as error:  # damaged on the way, or where it lies?
+                log.warning("%s; it is read once more", error)
+                table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
             if self._disk is not None:
                 self._disk.write(sidecar.hashes[index], view)
         return Chunk(buffer, table, rows, {name: _arrays(view, table, name, where, index) for name in self._arrays})

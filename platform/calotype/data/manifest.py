@@ -112,9 +112,7 @@ def shard_of(row: dict[str, Any]) -> Shard:
     Raises:
         ValueError: numbers that no shard can have.
     """
-    if buckets := row.get("buckets"):
-        row = row | {"buckets": tuple((int(bucket), int(samples)) for bucket, samples in buckets)}
-    shard = Shard(**row)
+    shard = Shard(**row | {"buckets": tuple((int(bucket), int(size)) for bucket, size in row.get("buckets", ()))})
     counted = sum(samples for _, samples in shard.buckets) if shard.buckets else shard.samples
     if not (shard.samples > 0 < shard.chunk_samples and shard.bytes > 0 and counted == shard.samples):
         raise ValueError(f"shard {shard.key!r} of {shard.samples} samples in chunks of {shard.chunk_samples}")

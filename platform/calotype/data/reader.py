@@ -125,7 +125,7 @@ class Reader:
     def _steps(self, step: int, every: int) -> Iterator[tuple[_Step, list[tuple[int, int, int, int]]]]:
         """Every so-manieth step from this one on, with the distinct chunks that it uses."""
         width = len(self.slots)
-        many = max(1, BLOCK // max(width, 1))
+        many = max(1, min(BLOCK // max(width, 1), AHEAD, self.schedule.samples // self._order.batch))
         while True:
             numbers = step + every * np.arange(many)
             positions = (numbers[:, None] * self._order.batch + np.asarray(self.slots)).reshape(-1)
@@ -212,19 +212,14 @@ def _check_memory(
     Raises:
         ConfigError: what the lanes of these slots hold at once cannot fit.
     """
-    lanes = -(-len(slots) * (order.lanes or order.batch) // order.batch) + 1 if order.lanes else len(slots)
-    need = (
-        sum(
-            max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
-            for dataset in datasets
-        )
-        * lanes
-        // len(datasets)
-    )
+    lanes = -(-len(slots) * (order.lanes or order.batch) // order.batch)
+    held = [max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
+            for dataset in datasets]  # fmt: skip
+    need = lanes * sum(held) // len(held)
     whole = sum(shard.bytes for dataset in datasets for shard in dataset.shards)
     if min(need, whole) > reading.memory:
         raise ConfigError(
-            f"the lanes of one worker hold up to {min(need, whole) / 2**20:.0f} MiB of chunks at once, more than "
-            f"stream.memory_mb={reading.memory / 2**20:.0f}: raise it, or lower train.window={order.window} or "
+            f"the lanes of one worker hold up to {min(need, whole) / 2**20:.3g} MiB of chunks at once, more than "
+            f"stream.memory_mb={reading.memory / 2**20:.3g}: raise it, or lower train.window={order.window} or "
             f"train.lanes={order.lanes or order.batch}"
         )

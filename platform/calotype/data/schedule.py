@@ -24,6 +24,7 @@ from calotype.data.order import Order
 from calotype.errors import ConfigError
 
 CYCLE = 64  # batches, at most, after which the pattern of a mixture repeats
+FINE = 10**6  # samples of a virtual epoch, at least: small weights are not rounded away
 EXACT = Fraction(1, 200)  # relative error that a dataset's share of the slots may have
 
 
@@ -212,7 +213,7 @@ def _virtual(sizes: list[list[int]], weights: Sequence[float]) -> list[list[int]
     """[dataset][bucket] samples of a virtual epoch in which datasets have the shares that their weights say."""
     if len(sizes) == 1:
         return sizes
-    total = sum(map(sum, sizes))
+    total = max(sum(map(sum, sizes)), FINE)
     shares = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     scaled = [share / sum(shares) * total / sum(row) for share, row in zip(shares, sizes)]
     return [[max(1, round(scale * size)) if size else 0 for size in row] for scale, row in zip(scaled, sizes)]

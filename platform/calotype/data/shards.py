@@ -304,13 +304,20 @@ def iterate(store: Store, shards: Sequence[Shard]) -> Iterator[Sample]:
             yield from read_chunk(store, shard, sidecar, index)
 
 
-def keys_of(store: Store, shard: Shard) -> list[str] | None:
-    """Keys of the shard's samples, from its columns; None where it has none."""
-    import pyarrow.parquet
-
+def read_columns(store: Store, shard: Shard) -> bytes | None:
+    """The shard's columns, as Parquet, checked against its manifest row; None where it has none."""
     if not shard.columns_sha256:
         return None
     data = store.read(columns_key(shard.key))
     if hashlib.sha256(data).hexdigest() != shard.columns_sha256:
         raise DataError(f"{store.uri}/{columns_key(shard.key)} is not what the manifest names: it was changed")
+    return data
+
+
+def keys_of(store: Store, shard: Shard) -> list[str] | None:
+    """Keys of the shard's samples, from its columns; None where it has none."""
+    import pyarrow.parquet
+
+    if (data := read_columns(store, shard)) is None:
+        return None
     return list(pyarrow.parquet.read_table(io.BytesIO(data), columns=["key"])["key"].to_pylist())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calotype.config import TrainAutoencoder
-from calotype.data import Dataset, images, shards
+from calotype.data import images, shards
 from calotype.data.manifest import Manifest, load_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import Store, open_store
@@ -46,7 +46,8 @@ def resolve(config: TrainAutoencoder) -> TrainAutoencoder:
     dataset = load_dataset(_dataset_store(config), config.data.digest)
     if not dataset.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
-    return replace(config, data=replace(config.data, digest=dataset.digest))
+    data = replace(config.data, digest=dataset.digest)
+    return replace(config, data=batches.resolve(data, config.root))
 
 
 def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
     decode = Decoder(config.resolution, config.data.max_pixels)
     held_out = HeldOut(config, worker, store, dataset, decode)
 
-    stream = batches.stream(config, Dataset(store, dataset.split("train")), worker, decode=decode)
+    stream = batches.stream(config, batches.source(config.data, config.root, store, dataset), worker, decode=decode)
     task = loop.Task(
         engines={NAME: engine},
         batches=stream.at,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from calotype.config import Data, TrainAutoencoder, TrainDenoiser
 from calotype.config import Stream as Settings
-from calotype.config import TrainAutoencoder, TrainDenoiser
-from calotype.data import Dataset, Reading, Stream
+from calotype.data import Dataset, Reading, Stream, filters
+from calotype.data.manifest import CACHES, Manifest, load_dataset
 from calotype.data.reader import Decode
+from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 
 
@@ -22,6 +25,31 @@ def reading(settings: Settings) -> Reading:
         cache=settings.cache,
         cache_bytes=round(settings.cache_gb * 1e9),
     )
+
+
+def resolve(data: Data, root: str) -> Data:
+    """`data` with its filter and takedown list turned into a selection of the dataset that its digest names.
+
+    Raises:
+        ConfigError: a column, operator or list that is not there, or nothing is left.
+    """
+    if not data.filter and not data.takedown:
+        return data
+    store = open_store(root).at("datasets", data.name)
+    taken_down = filters.takedown_keys(data.takedown) if data.takedown else frozenset[str]()
+    selection = filters.publish(store, load_dataset(store, data.digest), data.filter, taken_down)
+    return replace(data, selection=selection)
+
+
+def source(data: Data, root: str, store: Store, manifest: Manifest, split: str = "train") -> Dataset:
+    """The samples that are trained on: of the dataset, or of the cache of it, that `manifest` in `store` is."""
+    keep = None
+    if data.selection:
+        place = open_store(root).at("datasets", data.name)
+        dataset = load_dataset(place, data.digest)
+        keep = filters.load(place, data.selection, dataset)
+        keep = filters.of_cache(keep, dataset, manifest) if manifest.format in CACHES else keep
+    return Dataset(store, manifest.split(split), keep=keep)
 
 
 def stream(

@@ -16,7 +16,7 @@ import numpy as np
 
 from calotype import runs, track
 from calotype.config import TrainDenoiser
-from calotype.data import Dataset, cache, shards
+from calotype.data import cache, shards
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
@@ -51,7 +51,7 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
     found = cache.load_cache(open_store(config.root), config)
     if not found.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
-    return resolve_start(config)
+    return resolve_start(replace(config, data=batches.resolve(config.data, config.root)))
 
 
 def resolve_start(config: TrainDenoiser) -> TrainDenoiser:
@@ -115,7 +115,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
 
-    dataset = Dataset(latents, manifest.split("train"))
+    dataset = batches.source(config.data, config.root, latents, manifest)
     stream = batches.stream(config, dataset, worker, ("latent", *config.conditions))
     task = loop.Task(
         engines={NAME: engine},
