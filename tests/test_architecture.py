@@ -35,7 +35,7 @@ LIBRARIES = {
     "boto3": ("calotype.data.s3",),
     "botocore": ("calotype.data.s3",),
     "webdataset": ("calotype.data.shards",),
-    "tarfile": ("calotype.data.shards",),
+    "tarfile": ("calotype.data.tar",),
     "deepspeed": ("calotype.train.engine", "calotype.train.ema"),
     "ray": ("calotype.cluster",),
     "mlflow": ("calotype.track",),

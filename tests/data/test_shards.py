@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import webdataset
-from calotype.data import shards as rooms
+from calotype.data import Dataset, Stream, tar
+from calotype.data import manifest as rooms
 from calotype.data.manifest import (
     CACHE,
     DATASET,
@@ -25,13 +27,22 @@ from calotype.data.manifest import (
     publish_dataset,
     sidecar_key,
 )
-from calotype.data.shards import Sample, existing_shard, iterate, read_chunk, read_sidecar, write_shard
+from calotype.data.shards import (
+    CHUNK,
+    Sample,
+    existing_shard,
+    iterate,
+    keys_of,
+    read_chunk,
+    read_sidecar,
+    write_shard,
+)
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import DataError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "formats-v1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -69,11 +80,11 @@ def test_what_is_written_is_read(store: Store, shard: Shard) -> None:
     assert (shard.samples, shard.chunks, shard.chunk_counts()) == (20, 4, [6, 6, 6, 2])
     assert plain(list(iterate(store, [shard]))) == plain([picture(n) for n in range(20)])
     assert plain(read_chunk(store, shard, sidecar, 3)) == plain([picture(18), picture(19)])
-    assert sidecar.keys[7] == "digit-007"
-    start, size = sidecar.members["txt"]["offsets"][7], sidecar.members["txt"]["sizes"][7]
-    assert store.read(shard.key, start, size).decode() == "a 7 – drawn"
+    assert sidecar.members == ("json", "png", "txt")
+    assert shard.chunk_bytes == max(np.diff(sidecar.offsets))
     table = pyarrow.parquet.read_table(io.BytesIO(store.read(columns_key(shard.key))))
-    assert table.to_pydict() == {"key": list(sidecar.keys), "n": list(range(20))}
+    assert table.to_pydict() == {"key": keys_of(store, shard), "n": list(range(20))}
+    assert keys_of(store, shard) == [f"digit-{n:03d}" for n in range(20)]
 
 
 def test_plain_webdataset_and_tar_read_it(store: Store, shard: Shard, tmp_path: Path) -> None:
@@ -96,7 +107,7 @@ def test_the_sidecar_knows_arrays_and_absent_members(store: Store) -> None:
     sidecar = read_sidecar(store, write_shard(store, "x.tar", mixed, 2))
     assert sidecar.arrays["text.npy"] == {"dtype": "<i4", "shape": [8]}
     assert sidecar.arrays["latent.npy"] == {"dtype": "<f2", "shape": None}
-    assert sidecar.members["jpg"]["sizes"] == [-1, -1, 1]
+    assert sidecar.members == ("jpg", "latent.npy", "text.npy")
 
 
 def test_written_again_it_is_the_same(store: Store, shard: Shard) -> None:
@@ -131,7 +142,7 @@ def damaged(kind: str, path: Path, store: Store, shard: Shard) -> None:
         tar.write_bytes(data)
     elif kind == "flipped bit in the sidecar":
         sidecar = path / sidecar_key(shard.key)
-        sidecar.write_bytes(sidecar.read_bytes().replace(b"digit-001", b"digit-00q"))
+        sidecar.write_bytes(sidecar.read_bytes().replace(b'"samples":20', b'"samples":21'))
     elif kind == "cut":
         tar.write_bytes(data[: len(data) * 2 // 3])
     elif kind == "missing":
@@ -167,7 +178,7 @@ def test_every_cut_of_a_tar_is_seen(store: Store, tmp_path: Path) -> None:
     """webdataset alone loses samples here without a word."""
     row = write_shard(store, "x.tar", [latent(n) for n in range(4)], 2)
     whole = (tmp_path / "root" / "x.tar").read_bytes()
-    for length in range(0, len(whole) - 2 * rooms.BLOCK, 331):
+    for length in range(0, len(whole) - 2 * tar.BLOCK, 331):
         (tmp_path / "root" / "x.tar").write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"x\.tar"):
             list(iterate(store, [row]))
@@ -231,7 +242,7 @@ def test_manifests_have_versions(store: Store, shard: Shard) -> None:
     assert second.totals() == {"train": {"shards": 1, "samples": 20, "bytes": shard.bytes}}
     with pytest.raises(DataError, match=r"data\.digest"):
         load_dataset(store, "0" * 64)
-    for bad in (b"{}", b"[]", b"\xff", b'{"format":"calotype.dataset/9"}', b'{"format":"calotype.dataset/1"}'):
+    for bad in (b"{}", b"[]", b"\xff", b'{"format":"calotype.dataset/9"}', b'{"format":"calotype.dataset/2"}'):
         with pytest.raises(DataError, match="manifest"):
             Manifest.from_bytes(bad)
 
@@ -239,7 +250,7 @@ def test_manifests_have_versions(store: Store, shard: Shard) -> None:
 def test_many_publishers_make_many_versions(store: Store, shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that another took in between is not overwritten."""
     manifests = [Manifest(DATASET, str(n), (), (shard,)) for n in range(2)]
-    seen, versions = [], rooms._versions
+    seen, versions = [], rooms.versions_of
 
     def late(store: Store) -> list[str]:
         found = versions(store)
@@ -248,7 +259,7 @@ def test_many_publishers_make_many_versions(store: Store, shard: Shard, monkeypa
             publish_dataset(store, manifests[0])
         return found
 
-    monkeypatch.setattr(rooms, "_versions", late)
+    monkeypatch.setattr(rooms, "versions_of", late)
     publish_dataset(store, manifests[1])
     assert load_dataset(store).name == "1"
     assert load_dataset(store, manifests[0].digest).name == "0"
@@ -280,11 +291,11 @@ def test_over_real_s3(bucket: str) -> None:
         list(iterate(store, [row]))
 
 
-# ---------------------------------------------------------------- formats v1, for ever
+# ---------------------------------------------------------------- formats, for ever
 
 
 def golden(root: Path) -> None:
-    """What lies in fixtures/formats-v1.  Never change it: data was written like this."""
+    """What lies in fixtures/formats-v2.  Never change it: data was written like this."""
     dataset, cache = open_store(str(root / "dataset")), open_store(str(root / "cache"))
     columns = {"caption": [f"a {n} – drawn" for n in range(7)], "label": list(range(7))}
     rows = [
@@ -296,35 +307,74 @@ def golden(root: Path) -> None:
     meta = {"source": {"kind": "golden"}, "quarantined": [{"name": "ü.png", "reason": "not an image"}]}
     publish_dataset(dataset, Manifest(DATASET, "golden", ("png", "txt", "json"), tuple(rows), meta))
     source = rows[0].sha256
-    row = write_shard(cache, f"{source}.tar", [latent(n) for n in range(7)], 3, source_sha256=source)
+    buckets = [0, 0, 0, 0, 2, 2, 2]
+    samples = [latent(n) for n in range(7)]
+    row = write_shard(cache, f"{source}.tar", samples, 3, source_sha256=source, buckets=buckets)
     manifest = Manifest(CACHE, "golden", ("latent.npy", "text.npy"), (row,), {"channel_mean": [0.1, 1e-9, -3.0, 2.5]})
     cache.publish("manifest.json", manifest.to_bytes())
 
 
-def test_golden_v1_is_read() -> None:
-    dataset, cache = open_store(str(GOLDEN / "dataset")), open_store(str(GOLDEN / "cache"))
-    manifest = load_dataset(dataset, "d9cffebd5e4cb6b1b1b3013bf5bca287d49c5db46acac411e8dffd3a97c9a56e")
+@pytest.mark.parametrize(
+    ("version", "dataset_digest", "cache_digest", "chunks"),
+    [
+        (
+            "formats-v1",
+            "d9cffebd5e4cb6b1b1b3013bf5bca287d49c5db46acac411e8dffd3a97c9a56e",
+            "e586e344539a7ef89a3c08f424d177abb0f5b1f0225fec3d28b8ebe7f3c8e1bf",
+            [3, 3, 1],
+        ),
+        (
+            "formats-v2",
+            "20b070b8e2c5bb40a5519f19e66ee5b3b437bed325a5c3ca64efedb10126484b",
+            "cdddb25fada2b46f9fe76b6ca6f180c9518cfe3b22336b2055a15a5a7fd3d02d",
+            [3, 1, 3],
+        ),
+    ],
+)
+def test_golden_formats_are_read(version: str, dataset_digest: str, cache_digest: str, chunks: list[int]) -> None:
+    dataset, cache = (open_store(str(FIXTURES / version / name)) for name in ("dataset", "cache"))
+    manifest = load_dataset(dataset, dataset_digest)
     assert plain(list(iterate(dataset, manifest.split("train")))) == plain([picture(n) for n in range(7)])
     assert plain(list(iterate(dataset, manifest.split("held_out")))) == plain([picture(8), picture(9)])
     assert existing_shard(dataset, manifest.shards[0].key) == manifest.shards[0]
+    assert manifest.digest == dataset_digest
     assert manifest.meta["quarantined"] == [{"name": "ü.png", "reason": "not an image"}]
     latents = Manifest.from_bytes(cache.read("manifest.json"))
-    assert latents.digest == "e586e344539a7ef89a3c08f424d177abb0f5b1f0225fec3d28b8ebe7f3c8e1bf"
+    assert latents.digest == cache_digest
     assert plain(list(iterate(cache, latents.shards))) == plain([latent(n) for n in range(7)])
     assert latents.shards[0].source_sha256 == manifest.shards[0].sha256
+    assert latents.shards[0].chunk_counts() == chunks
     assert latents.meta["channel_mean"] == [0.1, 1e-9, -3.0, 2.5]
+    with closing(Stream(Dataset(cache, latents.shards), seed=0, batch=7, arrays=["latent"])) as stream:
+        assert len(set(next(iter(stream)).keys)) == (7 if version == "formats-v1" else 4)
 
 
-def test_golden_v1_is_written_again(tmp_path: Path) -> None:
+def test_golden_v2_is_written_again(tmp_path: Path) -> None:
     golden(tmp_path)
+    there = FIXTURES / "formats-v2"
     written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    expected = {path.relative_to(GOLDEN): path.read_bytes() for path in GOLDEN.rglob("*") if path.is_file()}
+    expected = {path.relative_to(there): path.read_bytes() for path in there.rglob("*") if path.is_file()}
     assert written.keys() == expected.keys()
     parquet = [path for path in expected if path.suffix == ".parquet"]
     for path in parquet:  # its bytes are pyarrow's, which may change with its version; so may the hashes of them
-        assert pyarrow.parquet.read_table(GOLDEN / path).equals(pyarrow.parquet.read_table(tmp_path / path))
+        assert pyarrow.parquet.read_table(there / path).equals(pyarrow.parquet.read_table(tmp_path / path))
     for path in expected.keys() - set(parquet):
         assert hashless(written[path]) == hashless(expected[path]), path
+
+
+def test_a_chunk_is_some_megabytes(store: Store) -> None:
+    big = [Sample(str(n), {"bin": bytes(CHUNK // 10)}) for n in range(25)]
+    row = write_shard(store, "x.tar", big, 256)
+    assert row.chunk_counts() == [9, 9, 7]
+    assert row.chunk_bytes <= CHUNK
+    assert write_shard(store, "y.tar", [Sample(str(n), {"bin": bytes(2 * CHUNK)}) for n in range(2)], 256).chunks == 2
+
+
+def test_buckets_lie_together(store: Store) -> None:
+    samples = [picture(n) for n in range(6)]
+    for buckets in ([0, 1, 0, 1, 1, 1], [0, 0, 0], [0] * 7):
+        with pytest.raises(DataError, match=r"bad\.tar.*bucket for every sample"):
+            write_shard(store, "bad.tar", samples, 4, buckets=buckets)
 
 
 def hashless(data: bytes) -> bytes:

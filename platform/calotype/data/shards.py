@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from calotype.data import tar
+import calotype.data.tar as tar
 from calotype.data.draws import Ints
 from calotype.data.manifest import ROW, Shard, canonical, columns_key, parsed, shard_of, sidecar_key
 from calotype.data.store import Missing, Store

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from calotype.data import worker
+import calotype.data.worker as worker
 from calotype.data.chunks import Reading
 from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
