@@ -52,6 +52,10 @@ class Store(ABC):
     def uri(self) -> str:
         """Without a slash at the end."""
 
+    def where(self, key: str) -> str:
+        """What a person calls the key."""
+        return f"{self.uri}/{key}"
+
     @abstractmethod
     def at(self, *parts: str) -> Store:
         """The same store, further down."""

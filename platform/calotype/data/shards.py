@@ -89,7 +89,9 @@ def write_shard(
         content = _write_tar(path, samples, chunk_samples, _runs(buckets), f"{store.uri}/{key}")
         if not store.publish(key, path) and _sha256_of(store, key) != content["sha256"]:
             raise DataError(f"{store.uri}/{key} exists with other bytes: delete it if no manifest names it")
-    columns_sha256 = _publish_columns(store, columns_key(key), samples, columns) if columns is not None else ""
+    columns_sha256 = ""
+    if columns is not None:
+        columns_sha256 = publish_columns(store, key, {"key": [sample.key for sample in samples]} | dict(columns))
     row = {"split": split, "source_sha256": source_sha256, "columns_sha256": columns_sha256}
     return publish_sidecar(store, key, row | content)
 
@@ -99,13 +101,13 @@ def publish_sidecar(store: Store, key: str, content: Mapping[str, Any]) -> Shard
     data = canonical({"format": SIDECAR, **content})
     if not store.publish(sidecar_key(key), data) and store.read(sidecar_key(key)) != data:
         raise DataError(f"{store.uri}/{sidecar_key(key)} exists with other bytes: delete it if no manifest names it")
-    return _row(key, data)
+    return row_of(key, data)
 
 
 def existing_shard(store: Store, key: str) -> Shard | None:
     """The row of a shard that was finished before, from its sidecar; None if it was not."""
     try:
-        shard = _row(key, store.read(sidecar_key(key)))
+        shard = row_of(key, store.read(sidecar_key(key)))
     except Missing:
         return None
     sizes = [entry.size for entry in store.list(key) if entry.key == key]
@@ -114,7 +116,8 @@ def existing_shard(store: Store, key: str) -> Shard | None:
     return shard
 
 
-def _row(key: str, sidecar: bytes) -> Shard:
+def row_of(key: str, sidecar: bytes) -> Shard:
+    """The manifest row that a sidecar gives."""
     found = parsed(sidecar, sidecar_key(key), SIDECAR, SIDECAR_1)
     known = {name: found[name] for name in ROW if name in found}
     return shard_of(known | {"key": key, "sidecar_sha256": hashlib.sha256(sidecar).hexdigest()})
@@ -209,19 +212,22 @@ def _arrays(samples: Sequence[Sample], name: str, where: str) -> dict[str, Any]:
     return {"dtype": dtypes.pop() if len(dtypes) == 1 else None, "shape": shape}
 
 
-def _publish_columns(store: Store, key: str, samples: Sequence[Sample], columns: Mapping[str, list[Any]]) -> str:
-    """Per-sample values as Parquet.  Its bytes may depend on pyarrow's version, so what exists is compared by value."""
+def publish_columns(store: Store, key: str, columns: Mapping[str, Any]) -> str:
+    """Per-sample values of a shard, `key` among them, as Parquet; its SHA-256.
+
+    Its bytes may depend on pyarrow's version, so what exists is compared by value.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"key": [sample.key for sample in samples]} | dict(columns))
+    table, name = pyarrow.table(dict(columns)), columns_key(key)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     data = sink.getvalue()
-    if not store.publish(key, data):
-        data = store.read(key)
+    if not store.publish(name, data):
+        data = store.read(name)
         if not pyarrow.parquet.read_table(io.BytesIO(data)).equals(table):
-            raise DataError(f"{store.uri}/{key} exists with other values: delete it if no manifest names it")
+            raise DataError(f"{store.uri}/{name} exists with other values: delete it if no manifest names it")
     return hashlib.sha256(data).hexdigest()
 
 
@@ -249,7 +255,7 @@ def read_sidecar(store: Store, shard: Shard) -> Sidecar:
     hashes = tuple(found["chunks"]["blake3" if modern else "sha256"])
     rising = len(offsets) == len(hashes) + 1 and not offsets[0] and (np.diff(offsets) > 0).all()
     if not rising or len(hashes) != shard.chunks or found["chunk_samples"] != shard.chunk_samples:
-        raise DataError(f"{store.uri}/{shard.key}: the sidecar's samples or chunks are not those of the manifest")
+        raise DataError(f"{store.where(shard.key)}: the sidecar's samples or chunks are not those of the manifest")
     return Sidecar(offsets, hashes, modern, tuple(found["members"]), found["arrays"])
 
 
@@ -273,7 +279,7 @@ def verified(where: str, shard: Shard, sidecar: Sidecar, index: int, data: tar.B
 def read_chunk(store: Store, shard: Shard, sidecar: Sidecar, index: int) -> list[Sample]:
     """The samples of one chunk, by one range GET, verified; members are views of its one buffer."""
     data = store.read(shard.key, *sidecar.span(index))
-    return samples_of(data, verified(f"{store.uri}/{shard.key}", shard, sidecar, index, data, len(data)))
+    return samples_of(data, verified(store.where(shard.key), shard, sidecar, index, data, len(data)))
 
 
 def samples_of(data: tar.Bytes, table: tar.Table) -> list[Sample]:
