@@ -142,7 +142,7 @@ REFUSED = [
     ("train.batch=0", "train.batch=0 is out of range"),
     ("engine.precision=bf-16", "engine.precision='bf-16' is not known: choose one of fp32"),
     ("engine.stage=4", "engine.stage=4 is not known"),
-    ("train.lanes=3", "train.lanes=3 does not divide train.batch=256"),
+    ("train.lanes=300", "train.lanes=300 must be 0 to train.batch=256: lanes share its slots"),
     ("cluster.workers=257", "cluster.workers=257 is more than train.batch=256"),
     ("engine.precision=fp16", "engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16"),
     ("train.flip=true", "train.flip=true mirrors images"),

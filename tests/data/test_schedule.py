@@ -22,8 +22,8 @@ CHUNKS = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 3)), min_size=3, 
 def layout(chunks: list[tuple[int, int]], shapes: int) -> Layout:
     """Of (samples, bucket) per chunk."""
     counts = np.array([count for count, _ in chunks], np.int32)
-    number = np.arange(len(counts), dtype=np.int32)
-    return Layout(counts, np.zeros_like(number), number, np.array([b % shapes for _, b in chunks], np.int32))
+    bucket = np.array([b % shapes for _, b in chunks], np.int32) if shapes > 1 else None
+    return Layout(counts, np.array([0, len(counts)]), bucket)
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,7 +48,8 @@ def test_any_mixture_of_any_shapes(
     found = schedule.locate(positions)
     counts = np.concatenate([one.counts for one in layouts])
     assert (found.row < counts[found.chunk]).all()
-    bucket = np.concatenate([one.bucket for one in layouts])[found.chunk].reshape(-1, batch)
+    of_chunk = [one.bucket if one.bucket is not None else np.zeros_like(one.counts) for one in layouts]
+    bucket = np.concatenate(of_chunk)[found.chunk].reshape(-1, batch)
     assert (bucket == bucket[:, :1]).all(), "a batch has one shape"
     taken = Counter(zip(*(column.tolist() for column in (found.pool, found.epoch, found.chunk, found.row))))
     assert max(taken.values()) == 1, "once per epoch of its pool"
@@ -135,14 +136,15 @@ def test_layout_of_rows() -> None:
     store = FolderStore(Path("/"))
     made = Dataset(store, [plain, plain]).layout()
     assert made.counts.tolist() == [4, 4, 2, 4, 4, 2]
-    assert made.shard.tolist() == [0, 0, 0, 1, 1, 1]
-    assert made.number.tolist() == [0, 1, 2, 0, 1, 2]
+    assert [made.find(chunk) for chunk in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert made.buckets() == [0]
     made = Dataset(store, [shaped, plain]).layout()
     assert made.counts.tolist() == [3, 1, 3, 4, 4, 2]
+    assert made.bucket is not None
     assert made.bucket.tolist() == [2, 2, 5, 0, 0, 0]
     keep = {"a.tar": np.array([1, 0, 0, 1, 0, 0, 0, 0, 1, 1], np.bool_)}
     made = Dataset(store, [plain, shaped], keep=keep).layout()
     assert made.counts.tolist() == [2, 2]
-    assert made.number.tolist() == [0, 2]
+    assert [made.find(chunk) for chunk in range(2)] == [(0, 0), (0, 2)]
     with pytest.raises(DataError, match=r"knows 10 samples of a\.tar"):
         Dataset(store, [Shard("a.tar", 10, 9, 4, "", "")], keep=keep).layout()

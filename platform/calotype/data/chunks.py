@@ -178,8 +178,7 @@ class Chunks:
     def _find(self, chunk: int) -> tuple[int, int, int]:
         """(dataset, shard, number in the shard)."""
         dataset = int(np.searchsorted(self._firsts, chunk, side="right")) - 1
-        layout, at = self._layouts[dataset], chunk - int(self._firsts[dataset])
-        return dataset, int(layout.shard[at]), int(layout.number[at])
+        return dataset, *self._layouts[dataset].find(chunk - int(self._firsts[dataset]))
 
     def _size(self, chunk: int) -> int:
         dataset, shard, _ = self._find(chunk)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calotype.data.draws import Ints
+from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset
 from calotype.data.store import Store, open_store
 from calotype.errors import ConfigError, DataError
@@ -35,12 +37,33 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every chunk that holds a sample that counts, in manifest order."""
+    """Every chunk that holds a sample that counts, in manifest order; one number per chunk, because there may be 10^7.
 
-    counts: npt.NDArray[np.int32]  # (chunks,) samples that count
-    shard: npt.NDArray[np.int32]  # (chunks,) number of its shard
-    number: npt.NDArray[np.int32]  # (chunks,) its number in the shard
-    bucket: npt.NDArray[np.int32]  # (chunks,)
+    Attributes:
+        counts: (chunks,) samples that count.
+        firsts: (shards + 1,) number of every shard's first chunk, of all chunks.
+        bucket: (chunks,); None where all samples have one shape.
+        chosen: (chunks,) numbers among all chunks; None where all of them count.
+    """
+
+    counts: npt.NDArray[np.int32]
+    firsts: Ints
+    bucket: npt.NDArray[np.int32] | None = None
+    chosen: npt.NDArray[np.int32] | None = None
+
+    def find(self, chunk: int) -> tuple[int, int]:
+        """(number of its shard, its number in the shard)."""
+        chunk = chunk if self.chosen is None else int(self.chosen[chunk])
+        shard = int(np.searchsorted(self.firsts, chunk, side="right")) - 1
+        return shard, chunk - int(self.firsts[shard])
+
+    def buckets(self) -> list[int]:
+        """Which there are."""
+        return [0] if self.bucket is None else np.unique(self.bucket).tolist()
+
+    def chunks_of(self, bucket: int) -> Ints | None:
+        """The bucket's chunks; None: all of them."""
+        return None if self.bucket is None else np.flatnonzero(self.bucket == bucket)
 
 
 def open_dataset(root: str, name: str, digest: str = "", split: str = "train") -> Dataset:
@@ -49,7 +72,7 @@ def open_dataset(root: str, name: str, digest: str = "", split: str = "train") -
     Args:
         root: s3://BUCKET[/PREFIX] or a folder, as the jobs' `root`.
     """
-    store = open_store(root).at("datasets", name)
+    store = dataset_store(root, name)
     return _opened(store, load_dataset(store, digest), split)
 
 
@@ -72,7 +95,8 @@ def _opened(store: Store, manifest: Manifest, split: str) -> Dataset:
 
 
 def _layout(shards: Sequence[Shard], keep: Mapping[str, Any] | None) -> Layout:
-    """In whole-array steps where shards have one shape: there may be 10^7 chunks."""
+    """In whole-array steps where shards have one shape."""
+    bucket = None
     if any(shard.buckets for shard in shards):
         parts = [shard.chunk_buckets() for shard in shards]
         counts = np.array([count for part in parts for _, count in part], np.int32)
@@ -82,18 +106,15 @@ def _layout(shards: Sequence[Shard], keep: Mapping[str, Any] | None) -> Layout:
         samples = np.array([shard.samples for shard in shards], np.int64)
         step = np.array([shard.chunk_samples for shard in shards], np.int64)
         chunks = -(-samples // step)
-        counts = np.repeat(step, chunks).astype(np.int32)
+        counts = np.repeat(step.astype(np.int32), chunks)
         counts[np.cumsum(chunks) - 1] = samples - (chunks - 1) * step
-        bucket = np.zeros(len(counts), np.int32)
-    shard = np.repeat(np.arange(len(shards), dtype=np.int32), chunks)
-    firsts = np.cumsum(chunks) - chunks
-    number = (np.arange(len(counts)) - np.repeat(firsts, chunks)).astype(np.int32)
+    firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(chunks)])
     if keep is None:
-        return Layout(counts, shard, number, bucket)
-    kept = np.concatenate([_kept(one, keep, counts[first : first + n])
-                           for one, first, n in zip(shards, firsts.tolist(), chunks.tolist())])  # fmt: skip
-    some = kept > 0
-    return Layout(kept[some].astype(np.int32), shard[some], number[some], bucket[some])
+        return Layout(counts, firsts, bucket)
+    kept = np.concatenate([_kept(one, keep, counts[first:last])
+                           for one, (first, last) in zip(shards, pairwise(firsts.tolist()))])  # fmt: skip
+    chosen = np.flatnonzero(kept).astype(np.int32)
+    return Layout(kept[chosen].astype(np.int32), firsts, None if bucket is None else bucket[chosen], chosen)
 
 
 def _kept(shard: Shard, keep: Mapping[str, Any], counts: npt.NDArray[np.int32]) -> Ints:

@@ -58,5 +58,14 @@ def _bits(seed: int, purpose: int, *counter: int) -> np.random.Philox:
 
 
 def permutation(size: int, seed: int, purpose: int, *counter: int) -> Ints:
-    """By sorting raw bits: numpy promises those for ever, and not what its `permutation` makes of them."""
-    return np.argsort(_bits(seed, purpose, *counter).random_raw(size), kind="stable")
+    """By sorting raw bits: numpy promises those for ever, and not what its `permutation` makes of them.
+
+    The lowest bits give way to the index, so that sorting in place is enough: 10^7 take 0.3 s and twice their bytes.
+    """
+    low = np.uint64((1 << max(size - 1, 1).bit_length()) - 1)
+    keys = _bits(seed, purpose, *counter).random_raw(size)
+    keys &= ~low
+    keys |= np.arange(size, dtype=np.uint64)
+    keys.sort()
+    keys &= low
+    return keys.view(np.int64)

@@ -42,8 +42,13 @@ class Places(NamedTuple):
 class _Pool:
     """The chunks of one dataset in one bucket."""
 
-    chunks: Ints  # (chunks,) their numbers over all datasets
+    first: int  # chunk of the dataset, over all datasets
+    chunks: Ints | None  # (chunks,) their numbers in the dataset; None: all of them
     order: Order
+
+    def numbers(self, chunks: Ints) -> Ints:
+        """Chunks of the order -> their numbers over all datasets."""
+        return self.first + (chunks if self.chunks is None else self.chunks[chunks])
 
 
 class Schedule:
@@ -62,9 +67,8 @@ class Schedule:
             raise ConfigError(f"train.lanes={lanes} must be 0 to train.batch={batch}")
         self.batch, self.seed = batch, seed
         firsts = np.cumsum([0, *(len(layout.counts) for layout in layouts)])
-        buckets = sorted({int(bucket) for layout in layouts for bucket in np.unique(layout.bucket)})
-        sizes = [[int(layout.counts[layout.bucket == bucket].sum(dtype=np.int64)) for bucket in buckets]
-                 for layout in layouts]  # fmt: skip
+        buckets = sorted({bucket for layout in layouts for bucket in layout.buckets()})
+        sizes = [[_size(layout, bucket) for bucket in buckets] for layout in layouts]
         virtual = _virtual(sizes, weights)
         self.samples = sum(map(sum, sizes))  # of an epoch, where there is one dataset
         self._counts = [sum(row[k] for row in virtual) for k in range(len(buckets))]
@@ -74,10 +78,10 @@ class Schedule:
             mine = [d for d in range(len(layouts)) if sizes[d][k]]
             mix = _Mix([virtual[d][k] for d in mine], batch, len(self._pools))
             for d, quota in zip(mine, mix.quotas):
-                chunks = np.flatnonzero(layouts[d].bucket == bucket)
+                chunks, counts = layouts[d].chunks_of(bucket), layouts[d].counts
                 share = max(1, min(quota, round((lanes or batch) * quota / (mix.cycle * batch))))
-                order = Order(layouts[d].counts[chunks], seed, quota, share, window)
-                self._pools.append(_Pool(chunks + firsts[d], order))
+                order = Order(counts if chunks is None else counts[chunks], seed, quota, share, window)
+                self._pools.append(_Pool(int(firsts[d]), chunks, order))
             self._mixes.append(mix)
         self._epochs: OrderedDict[int, _Steps] = OrderedDict()
         self._lock = threading.Lock()
@@ -107,7 +111,7 @@ class Schedule:
                 positions = cycle[here] * quota + mix.rank[line[here]]
                 chunk, index, place = pool.order.locate(positions)
                 rows_here = rows[here]
-                made.chunk[rows_here], made.row[rows_here] = pool.chunks[chunk], index
+                made.chunk[rows_here], made.row[rows_here] = pool.numbers(chunk), index
                 made.pool[rows_here], made.place[rows_here] = mix.first + number, place
                 made.epoch[rows_here] = positions // len(pool.order)
 
@@ -184,6 +188,14 @@ class _Mix:
         self.owner = np.array([d for _, d, _ in dealt])  # (K B,) by slot, then by batch of the cycle
         self.rank = np.array([i for _, _, i in dealt])
         self.lines = [np.flatnonzero(self.owner == d) for d in range(len(self.quotas))]
+
+
+def _size(layout: Layout, bucket: int) -> int:
+    """Samples of a dataset in a bucket."""
+    if bucket not in layout.buckets():
+        return 0
+    chunks = layout.chunks_of(bucket)
+    return int((layout.counts if chunks is None else layout.counts[chunks]).sum(dtype=np.int64))
 
 
 def _quotas(sizes: Sequence[int], batch: int) -> tuple[int, list[int]]:
