@@ -6,6 +6,7 @@ import io
 import resource
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,18 @@ def test_the_fast_way_agrees_with_the_careful_one(data: bytes) -> None:
         assert plain(fast) == plain(careful(data))
 
 
+@settings(max_examples=400, deadline=None)
+@given(data=mutated(st.one_of(shards(), archives())))
+def test_a_run_is_how_the_careful_way_begins(data: bytes) -> None:
+    files, size = tar.run(data, 512)
+    expected = tar.entries(data, "x.tar", 512)
+    ends = [512, *(entry.start + tar.padded(entry.size) for entry in files)]
+    event("run" if files else "none")
+    whole = files if size <= len(data) else files[:-1]  # the last one's data may not be there
+    assert whole == list(islice(expected, len(whole)))
+    assert ends[-1] == 512 + size
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=mutated(st.one_of(archives(), shards())))
 def test_any_bytes_are_a_table_or_an_error(data: bytes) -> None:
@@ -282,6 +295,31 @@ def test_odd_names_go_the_careful_way(odd: str, first: bool) -> None:
             assert fast is None or plain(fast) == plain(careful(data))
     data = b"".join(raw(f"{key}{suffix}".encode(), b"7") for key in "ab" for suffix in (".jpg", ".txt"))
     assert tar._regular(data) is not None
+
+
+@pytest.mark.parametrize(
+    ("record", "size"),
+    [
+        (b"11 mtime=1\n", 12),
+        (b"11 mtime=1\n", 10),
+        (b"12 mtime=1\n", 11),
+        (b"10 mtime=1\n", 11),
+        (b"13 path=a.js\n", 13),
+    ],
+)
+def test_a_time_is_a_time(record: bytes, size: int) -> None:
+    good, bad = (extended(b"x", *data) for data in ((b"11 mtime=1\n", 11), (record, size)))
+    assert tar._regular(good + made(TWO[:1])) is not None
+    assert tar._regular(bad + made(TWO[:1])) is None
+    assert tar._regular(good + good + made(TWO[:1])) is None
+    assert tar._regular(made(TWO) + good) is None
+    found, refused = tried(lambda data: plain(tar.table(data, "x.tar")), bad + made(TWO[:1]))
+    assert "pax header is damaged" in refused or found[0] == ["a"]
+
+
+def test_a_size_that_is_too_big_ends_a_run() -> None:
+    data = changed(made(TWO), 2048 + 124, b"%011o" % (tar.MAX_MEMBER + 1), 2048)
+    assert [entry.name for entry in tar.run(data)[0]] == ["a.jpg", "a.txt"]
 
 
 def test_a_wrong_checksum_is_seen_by_both_ways() -> None:

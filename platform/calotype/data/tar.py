@@ -29,8 +29,6 @@ MAX_HEADER = 2**16  # bytes of a pax header; macOS puts extended attributes ther
 MAX_HEADERS = 4  # extended headers before one file
 _ZERO = bytes(BLOCK)
 _FILE, _FOLDER, _LONG_NAME, _PAX, _PAX_GLOBAL, _SPARSE = b"0\0", b"5", b"L", b"xX", b"g", b"S"
-# As WebDataset reads names: the key ends at the first dot of the file's own name.
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _META = re.compile(r"__[^/]*__(?:$|[/.])")  # what WebDataset keeps for itself
 # The header that all writers write: no prefix, no base-256 numbers.
 _USUAL = re.compile(
@@ -100,6 +98,21 @@ def table(data: Bytes, where: str) -> Table:
     return _regular(data) or _grouped(entries(data, where), where)
 
 
+def run(data: Bytes, base: int = 0) -> tuple[list[Entry], int]:
+    """What is quickly read of the files that come first, and where the next header begins: (none, 0) is no error.
+
+    Args:
+        base: what is added to every offset of an entry.
+    """
+    blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    found = _chained(blocks, _marked(blocks))
+    if found is None:
+        return [], 0
+    names = [name.partition(b"\0")[0].decode("utf-8", "surrogateescape") for name in _names(found)]
+    starts, began = (found.marked + 1) * BLOCK + base, found.began * BLOCK + base
+    return list(map(Entry, names, starts.tolist(), found.sizes.tolist(), began.tolist())), found.end * BLOCK
+
+
 # ------------------------------------------------------------------------------------------------ the fast way
 
 
@@ -111,11 +124,12 @@ def _regular(data: Bytes) -> Table | None:
     if not len(data) or len(data) % BLOCK:
         return None
     blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK)
-    found = _chained(blocks, _strided(blocks)) or _chained(blocks, _marked(blocks))
-    if found is None:
+    found = _chained(blocks, _strided(blocks))
+    if found is None or found.end != len(blocks):
+        found = _chained(blocks, _marked(blocks))
+    if found is None or found.end != len(blocks):
         return None
-    marked, heads, sizes = found
-    names = np.ascontiguousarray(heads[:, :100]).view("S100")[:, 0].tolist()
+    names, starts, sizes = _names(found), (found.marked + 1) * BLOCK, found.sizes
     key, dot, _ = names[0].partition(b".")
     width = next((i for i, name in enumerate(names) if not name.startswith(key + dot)), len(names))
     suffixes = [name[len(key) :] for name in names[:width]]
@@ -129,13 +143,16 @@ def _regular(data: Bytes) -> Table | None:
         return None
     if any(one == other for one, other in pairwise(keys)):
         return None
-    starts = (marked + 1) * BLOCK
     try:
         texts = [one.decode() for one in keys]
         members = {s[1:].decode(): (starts[i::width], sizes[i::width]) for i, s in enumerate(suffixes)}
     except UnicodeDecodeError:
         return None
     return Table(texts, members) if all(name and name == name.lower() for name in members) else None
+
+
+def _names(chain: _Chain) -> list[bytes]:
+    return np.ascontiguousarray(chain.heads[:, :100]).view("S100")[:, 0].tolist()
 
 
 def _strided(blocks: Array) -> Ints:
@@ -164,36 +181,46 @@ def _marked(blocks: Array) -> Ints:
     return found[(blocks[found, 257:262] == _USTAR).all(1)]
 
 
-def _chained(blocks: Array, marked: Ints) -> tuple[Ints, Array, Ints] | None:
-    """(blocks, headers, sizes) of the files, if these are all the headers, one after the other, and usual ones."""
-    if not len(marked) or marked[-1] >= len(blocks):
+class _Chain(NamedTuple):
+    """Files with usual headers, one after the other."""
+
+    marked: Ints  # blocks of their headers
+    heads: Array  # (files, 512)
+    sizes: Ints
+    began: Ints  # blocks of their first headers, extended ones included
+    end: int  # block behind the last one's data
+
+
+def _chained(blocks: Array, marked: Ints) -> _Chain | None:
+    """The longest run of files from the first block on, if `marked` names all headers of it in order."""
+    if not len(marked) or marked[0] != 0 or marked[-1] >= len(blocks):
         return None
     heads = blocks[marked]
-    numbers = heads[:, 100:156]
-    if ((numbers & _MASK) != _WANT).any():
-        return None
+    numbers, devices = heads[:, 100:156], heads[:, 329:345]
     octal = (numbers & 7).astype(np.float64)  # exact, and faster than integers
-    sizes, sums = (octal[:, 24:35] @ _OCTAL).astype(np.int64), octal[:, 48:54] @ _OCTAL[-6:]
+    sizes = (octal[:, 24:35] @ _OCTAL).astype(np.int64)
     following = marked + 1 + (sizes + BLOCK - 1) // BLOCK
-    if marked[0] != 0 or following[-1] != len(blocks) or (following[:-1] != marked[1:]).any():
-        return None
-    kinds, devices = heads[:, 156], heads[:, 329:345]
-    usual = (heads[:, 257:262] == _USTAR).all() and not heads[:, 345].any() and sizes.max() <= MAX_MEMBER
-    usual = usual and (devices == devices[0]).all() and devices[0].tobytes() in _DEVICES
-    if not usual or (_checksums(heads) != sums).any():
-        return None
-    files = kinds == ord("0")
-    if files.all():
-        return marked, heads, sizes
-    extended = np.flatnonzero(~files)
-    if extended[-1] + 1 == len(kinds) or not files[extended + 1].all() or (kinds[extended] != ord("x")).any():
-        return None
-    pages = blocks[marked[extended] + 1].tobytes()
-    for index, size in enumerate(sizes[extended].tolist()):
-        time = _TIME.match(pages, index * BLOCK, (index + 1) * BLOCK)
+    good = (numbers & _MASK == _WANT).all(1) & (devices == devices[0]).all(1) & (sizes <= MAX_MEMBER)
+    good &= (heads[:, 257:262] == _USTAR).all(1) & (heads[:, 345] == 0) & (devices[0].tobytes() in _DEVICES)
+    good &= _checksums(heads) == octal[:, 48:54] @ _OCTAL[-6:]
+    files, extended = heads[:, 156] == ord("0"), heads[:, 156] == ord("x")
+    good &= files | extended
+    good[1:] &= following[:-1] == marked[1:]
+    good[:-1] &= files[:-1] | files[1:]  # one extended header, and then its file
+    count = len(good) if good.all() else int(good.argmin())
+    for index in np.flatnonzero(extended[:count]).tolist():
+        at, size = marked[index] + 1, int(sizes[index])
+        time = _TIME.match(blocks[at].tobytes()) if at < len(blocks) else None
         if time is None or not int(time[1]) == size == len(time[0]):
-            return None
-    return marked[files], heads[files], sizes[files]
+            count = index
+            break
+    count -= int(count > 0 and extended[count - 1])
+    if not count:
+        return None
+    files = files[:count]
+    began = marked[:count] - np.concatenate([[False], extended[: count - 1]]) * 2  # a time's header takes two blocks
+    mine = marked[:count][files]
+    return _Chain(mine, heads[:count][files], sizes[:count][files], began[files], int(following[count - 1]))
 
 
 _USTAR = np.frombuffer(b"ustar", np.uint8)
@@ -350,7 +377,9 @@ def _grouped(files: Iterator[Entry], where: str) -> Table:
 
 
 def split_name(name: str, where: str) -> tuple[str, str]:
-    """(key, member) as WebDataset splits them; member "" for a file that is part of no sample (hidden, without suffix).
+    """(key, member) as WebDataset splits them: the key ends at the first dot of the file's own name.
+
+    Both are "" for a file that is part of no sample: it is hidden, has no suffix, or is WebDataset's own.
 
     Raises:
         DataError: the name climbs out, is absolute, or is not UTF-8.
@@ -360,7 +389,9 @@ def split_name(name: str, where: str) -> tuple[str, str]:
         name.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: the name {name!r} is not UTF-8") from error
-    if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+    if name.startswith("/") or (".." in name and ".." in name.split("/")) or "\\" in name or "\0" in name:
         raise DataError(f"{where}: the name {name!r} is absolute or climbs out of its folder")
-    found = _NAME.fullmatch(name)
-    return (found[1], found[2].lower()) if found and not _META.match(name) else ("", "")
+    stem, _, member = name.rpartition("/")[2].partition(".")
+    if not stem or not member or (name.startswith("__") and _META.match(name)):
+        return "", ""
+    return name[: -len(member) - 1], member.lower()
