@@ -377,7 +377,7 @@ def test_cfg_job_prints_what_would_run_and_writes_nothing(tmp_path: Path) -> Non
 
 
 def test_a_refusal_on_the_command_line_is_one_line_and_fails(tmp_path: Path) -> None:
-    for words in (["optim.lrr=1"], ["-m", "train.lanes=3,5"]):
+    for words in (["optim.lrr=1"], ["-m", "train.lanes=300,500"]):
         done = job("autoencoder.path=run:x", *words, cwd=tmp_path)
         assert done.returncode != 0
         last = done.stderr.strip().splitlines()[-1]

@@ -141,7 +141,7 @@ class Train:
     images: int = setting(1_000_000, "train until this many images were seen")
     batch: int = setting(256, "global batch: images per optimizer step, over all workers")
     lanes: int = setting(0, "lanes of the global order, each on a chunk of its own; 0 = batch (see data/order.py)")
-    window: int = setting(128, "samples per shuffle window of a lane")
+    window: int = setting(1_024, "samples per shuffle window of a lane")
     flip: bool = setting(False, "mirror images at random (autoencoder only)")
     log_every: int = setting(2_048, "images between metric points", identity=False)
     validate_every: int = setting(100_000, "images between validation losses; 0 for never", identity=False)

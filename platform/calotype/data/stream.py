@@ -155,6 +155,17 @@ class Stream(Iterable[Batch]):
         """Stop reading; iterating again goes on from the cursor."""
         self._stop.set()
 
+    def as_torch(self) -> Any:
+        """A torch `IterableDataset` over this stream, for `DataLoader(..., batch_size=None)`; it yields dicts.
+
+        {name: tensor (n, ...), "position": (n,), "present": (n,), "key": [...]}.  torchdata's `StatefulDataLoader`
+        finds `state_dict` and `load_state_dict` on it.  Worker processes of a DataLoader each read all chunks of the
+        rank: `Reading(workers=...)` shares them instead.
+        """
+        from calotype.data.loader import TorchStream
+
+        return TorchStream(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_stop", "_reader")}
 
@@ -168,13 +179,14 @@ class Stream(Iterable[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._stop = stop = threading.Event()
-        with self._parts() as parts:
+        every, first = _loader()
+        with self._parts(every, first) as parts:
             while not stop.is_set():
                 began = time.perf_counter()
                 rows = next(parts)
                 if stop.is_set():
                     return
-                self._position = (rows.step + 1) * self.order.batch
+                self._position = (rows.step + every - first) * self.order.batch  # without a DataLoader: the next
                 yield self._batch(rows, time.perf_counter() - began)
 
     def _threads(self) -> int:
@@ -193,15 +205,14 @@ class Stream(Iterable[Batch]):
                 f"{len(self.skipped)} samples had to be left out, more than stream.error_budget="
                 f"{self.reading.error_budget}: {', '.join(list(self.skipped)[:5])} ... ({rows.skipped[0][1]})"
             )
-        cursor = {"position": self._position}
+        cursor = {"position": (rows.step + 1) * self.order.batch}
         return Batch(rows.step, rows.positions, rows.keys, rows.arrays, rows.samples, present, wait, cursor)
 
     # ---------------------------------------------------------------------------------- where rows are made
 
     @contextmanager
-    def _parts(self) -> Iterator[Iterator[Rows]]:
-        """Rows from the cursor on; whoever makes them ends with the context."""
-        every, first = _loader()
+    def _parts(self, every: int, first: int) -> Iterator[Iterator[Rows]]:
+        """Rows from the cursor on, of every so-manieth step; whoever makes them ends with the context."""
         if self.reading.workers and every == 1:
             with ExitStack() as stack:
                 shares = [slots(i, self.reading.workers, len(self.slots)) for i in range(self.reading.workers)]
