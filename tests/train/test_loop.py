@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,3 +246,35 @@ def test_every_rank_takes_the_same_micro_batches(batch: int, world: int, asked: 
         assert weights.sum() == share
         total += float(weights.sum())
     assert total == batch
+
+
+def test_what_is_left_out_weighs_nothing_and_is_named(record: Record, notes: Notes) -> None:
+    """Rows that quarantine blanked change no weight; the run counts and names them, also after a restart."""
+    made = replace(settings(images=4 * BATCH), stream=config.Stream(on_error="quarantine", error_budget=2))
+    given = task(made)
+    lost: dict[str, str] = {}
+
+    def batches(position: int) -> Iterator[Any]:
+        for batch in given.batches(position):
+            batch.present = ~np.isin(batch.positions, [9, 10])
+            lost.update({f"sample {p}": "damaged" for p in batch.positions[~batch.present].tolist()})
+            yield batch
+
+    def prepare(batch: Any) -> dict[str, torch.Tensor]:
+        rows = given.prepare(batch)
+        rows["x"][torch.from_numpy(~batch.present)] = 1e6  # must not be seen
+        return dict(rows)
+
+    figures = loop.run(replace(given, batches=batches, prepare=prepare, left_out=lambda: lost), made, Worker(), record)
+    assert figures["left_out"] == 2
+    assert all(loss < 100 for loss in losses(notes).values())
+    lines = record.artifacts.read("quarantined.jsonl").decode().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"name": "sample 10", "reason": "damaged"}, {"name": "sample 9", "reason": "damaged"}
+    ]  # fmt: skip
+    more = replace(made, train=replace(made.train, images=5 * BATCH))
+    third = replace(task(more), left_out=lambda: {"sample 33": "cut"})
+    with pytest.raises(DataError, match=r"3 samples were left out, more than stream\.error_budget=2.*sample 10"):
+        loop.run(third, more, Worker(), record)
+    strict = settings(images=2 * BATCH)
+    assert "left_out" not in loop.run(task(strict), strict, Worker())

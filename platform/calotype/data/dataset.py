@@ -24,12 +24,14 @@ class Dataset:
     Attributes:
         weight: of its samples in a mixture, relative to the other datasets'.
         keep: shard key -> which of its samples count (samples,) bool; None: all of all shards.
+        meta: of the manifest; a cache's has `channel_mean` and `channel_std`, for `calotype.data.cache.to_model`.
     """
 
     store: Store
     shards: Sequence[Shard]
     weight: float = 1.0
     keep: Mapping[str, npt.NDArray[np.bool_]] | None = field(default=None, repr=False)
+    meta: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def layout(self) -> Layout:
         return _layout(self.shards, self.keep)
@@ -91,7 +93,7 @@ def _opened(store: Store, manifest: Manifest, split: str) -> Dataset:
     shards = manifest.split(split)
     if not shards:
         raise ConfigError(f"{store.uri} has no samples in split {split!r}: it has {', '.join(manifest.totals())}")
-    return Dataset(store, shards)
+    return Dataset(store, shards, meta=manifest.meta)
 
 
 def _layout(shards: Sequence[Shard], keep: Mapping[str, Any] | None) -> Layout:
