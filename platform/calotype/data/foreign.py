@@ -8,11 +8,9 @@ run again reads new shards only.
 from __future__ import annotations
 
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -32,16 +30,15 @@ from calotype.data.manifest import (
     sidecar_key,
     versions_of,
 )
-from calotype.data.scan import Scan, scanned
+from calotype.data.scan import WHOLE, Scan, scanned
 from calotype.data.shards import SIDECAR, publish_columns, publish_sidecar, row_of
 from calotype.data.store import Entry, Store, open_store
+from calotype.data.threads import Memory, Passed, Told, over
 from calotype.errors import ConfigError, DataError
 
 WINDOW = 8 * 2**20  # bytes of a shard in memory, and of one range GET
 KIND = "webdataset"  # of the source, in the manifest
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-
-Told = Callable[[int, int], None]  # (bytes done, of all)
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Indexed:
     digest: str
     shards: tuple[Shard, ...]
     members: tuple[str, ...]
-    read: int  # shards that were read now; the others had a sidecar
+    read: frozenset[str]  # keys of the shards that were read now; the others had a sidecar
     passed_by: dict[str, int]  # what is part of no sample -> how many
     beside: dict[str, int]  # other files below the place: suffix -> how many
     bad: tuple[tuple[str, str], ...]
@@ -103,7 +100,8 @@ def index(root: str, name: str, uri: str, jobs: int = 8, share: float = 0.0, tol
         meta = {"source": {"kind": KIND, "held_out": share}, "quarantined": [], "passed_by": passed}
         elsewhere.put_at(home, place.uri)
         digest = publish_dataset(home, Manifest(DATASET, name, members, rows, meta))
-    return Indexed(digest, rows, members, len(new), passed, dict(beside), tuple(sorted(bad)))
+    fresh = frozenset(elsewhere.PREFIX + entry.key for entry in new)
+    return Indexed(digest, rows, members, fresh, passed, dict(beside), tuple(sorted(bad)))
 
 
 # ------------------------------------------------------------------------------------------------ what there is
@@ -201,51 +199,19 @@ def _read_all(
     home: Store, place: Store, new: Sequence[Entry], total: int, jobs: int, told: Told | None
 ) -> dict[str, Known | str | None]:
     """path -> what was found, why it cannot be used, or None for a tar without samples."""
-    done, lock, stop = total - sum(entry.size for entry in new), threading.Lock(), threading.Event()
-    mine = threading.local()
+    memory = Memory()
 
-    def passed(size: int) -> None:
-        nonlocal done
-        if stop.is_set():
-            raise _Stopped
-        with lock:
-            done += size
-            if told:
-                told(min(done, total), total)
-
-    def one(entry: Entry) -> Known | str | None:
-        if not hasattr(mine, "memory"):
-            mine.memory = memoryview(bytearray(WINDOW))
+    def one(entry: Entry, passed: Passed) -> Known | str | None:
         try:
-            return read_one(home, place, entry, mine.memory, passed)
+            return read_one(home, place, entry, memory.take(WINDOW), passed)
         except DataError as error:
             return str(error)
 
-    passed(0)
-    with _pool(jobs, stop) as pool:
-        tasks = {pool.submit(one, entry): entry.key for entry in new}
-        found = {tasks[task]: task.result() for task in as_completed(tasks)}
-    return {entry.key: found[entry.key] for entry in new}
+    done = total - sum(entry.size for entry in new)
+    return dict(zip((entry.key for entry in new), over(new, one, jobs, total, done, told)))
 
 
-class _Stopped(BaseException):
-    """Another shard's thread failed, or the user had enough."""
-
-
-@contextmanager
-def _pool(jobs: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads that end soon after an error or Ctrl-C, and not with the shards that they are reading."""
-    pool = ThreadPoolExecutor(jobs, "index")
-    try:
-        yield pool
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def read_one(
-    home: Store, place: Store, entry: Entry, memory: memoryview, passed: Callable[[int], None]
-) -> Known | None:
+def read_one(home: Store, place: Store, entry: Entry, memory: memoryview, passed: Passed) -> Known | None:
     """Read one tar and publish its columns and its sidecar; None, and nothing published, if it holds no sample.
 
     Raises:
@@ -275,6 +241,5 @@ def _columns(found: Scan) -> dict[str, Any]:
         values = np.frombuffer(sizes, np.int64)
         columns[f"bytes.{member}"] = pyarrow.array(values, mask=values < 0)
     for name, numbers in sorted(found.numbers.items()):
-        whole = name in found.whole
-        columns[name] = pyarrow.array(numbers, pyarrow.int64() if whole else pyarrow.float64())
+        columns[name] = pyarrow.array(numbers, pyarrow.int64() if name in WHOLE else pyarrow.float64())
     return columns

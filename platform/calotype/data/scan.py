@@ -46,7 +46,6 @@ class Scan:
     keys: list[str] = field(default_factory=list)
     sizes: dict[str, array[int]] = field(default_factory=dict)
     numbers: dict[str, list[float | int | None]] = field(default_factory=dict)
-    whole: frozenset[str] = frozenset(WHOLE)
     passed_by: Counter[str] = field(default_factory=Counter)
     content: dict[str, Any] = field(default_factory=dict)
 
@@ -92,6 +91,7 @@ class _Window:
         kept = bytes(self.view[min(at, self.end) - self.base :])
         self._memory[: len(kept)] = kept
         want = min(len(self._memory) - len(kept), self.size - self.end)
+        assert want, "the window is too small for what must be in it at once"
         got = self._read(self.end, self._memory[len(kept) : len(kept) + want])
         if got < want:
             raise DataError(f"{self._where} is cut: it has {self.end + got} of the {self.size} bytes that were listed")
