@@ -180,12 +180,8 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     rows = [[what, found[what]] for what in ("format", "digest")]
     for split, part in found["splits"].items():
-        rows.append(
-            [
-                split.replace("_", " "),
-                f"{part['samples']:,} samples in {part['shards']:,} shards, {size(part['bytes'])}",
-            ]
-        )
+        held = f"{part['samples']:,} samples in {part['shards']:,} shard{'s' * (part['shards'] != 1)}"
+        rows.append([split.replace("_", " "), f"{held}, {size(part['bytes'])}"])
     samples = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     most = f", the largest {size(largest)}" if largest else ""
     rows += [
@@ -281,7 +277,7 @@ def size(count: int) -> str:
 
 
 def _speed(count: int, seconds: float) -> str:
-    return f"{size(count)} in {seconds:.1f} s ({count / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+    return f"{size(count)} in {seconds:.1f} s ({size(round(count / max(seconds, 1e-9)))}/s)"
 
 
 def age(seconds: float) -> str:

@@ -75,9 +75,9 @@ def index(root: str, name: str, uri: str, jobs: int = 8, share: float = 0.0, tol
     Raises:
         DataError: there is no tar, or packed ones, or none for a split, or the dataset has shards that are not there.
     """
-    home, place = open_store(root).at("datasets", name), open_store(uri)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(f"--name={name!r} must be letters, digits, - _ and . and begin with a letter or digit")
+    home, place = open_store(root).at("datasets", name), open_store(uri)
     tars, beside = _listed(place)
     _check_shares([entry.key for entry in tars], share, place)
     _check_moved(home, place, {elsewhere.PREFIX + entry.key for entry in tars})
