@@ -219,6 +219,10 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
             f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "
             "every worker needs an image of each batch"
         )
+    if config.stream.cache and not config.stream.cache.startswith(("/", "~")):
+        raise ConfigError(
+            f"stream.cache={config.stream.cache} is not an absolute path: workers run in folders of their own"
+        )
     if config.engine.precision == "fp16" and cluster.kind == "ray" and not cluster.gpus:
         raise ConfigError("engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16 or fp32")
     if train.flip and isinstance(config, TrainDenoiser):

@@ -43,14 +43,17 @@ class Reading:
         memory: bytes of chunks that one process holds.
         readers: parallel range GETs of one process.
         workers: loader processes beside the caller's; 0 reads in threads of the caller's.
+        decoders: threads that decode, of the caller's process; 0 for as many as it has cores.
         on_error: strict, or quarantine: damaged chunks and samples are left out, named, and weigh nothing.
         error_budget: samples that quarantine may leave out before it is an error.
-        cache, cache_bytes: a folder on a local disk that keeps chunks, and its limit.
+        cache, cache_bytes: a folder on a local disk that keeps chunks, and its limit; it pays where all that a node
+            reads fits in: of half of it, in new order each epoch, an eighth is met again.
     """
 
     memory: int = 2 * 2**30
     readers: int = 8
     workers: int = 0
+    decoders: int = 0
     on_error: str = "strict"
     error_budget: int = 0
     cache: str = ""

@@ -101,11 +101,12 @@ class Getter:
                 failure = str(error)
             counts.retries += 1
             self.close()
+            if counts.retries & (counts.retries - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: seen, and no flood
+                log.warning("%s: %s; asks again (%d times so far, over all)", name, failure, counts.retries)
             if have > before:
                 last, pause = time.monotonic(), PAUSES[0]
             if time.monotonic() - last > PATIENCE:
                 raise Unreachable(f"{name} cannot be read: for {PATIENCE:.0f} s {failure}; check server and network")
-            log.debug("%s: %s; asks again in %.1f s", name, failure, pause)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSES[1])
 

@@ -166,7 +166,9 @@ class S3Store(Store):
         except Gone as error:
             raise Missing(f"{uri} does not exist ({error})") from error
         except Refused as error:
-            raise CalotypeError(f"{uri} is refused ({error}): check AWS_ACCESS_KEY_ID and its secret") from error
+            raise CalotypeError(
+                f"{uri} is refused ({error}): check AWS_ACCESS_KEY_ID, its secret and the clock"
+            ) from error
 
     def publish(self, key: str, data: bytes | Path) -> bool:
         with _explained(f"{self.uri}/{key}"):

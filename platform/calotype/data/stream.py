@@ -191,7 +191,8 @@ class Stream(Iterable[Batch]):
 
     def _threads(self) -> int:
         """To decode in."""
-        return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.reading.decoders or cores
 
     def _batch(self, rows: Rows, wait: float) -> Batch:
         present = np.ones(len(rows.keys), np.bool_)

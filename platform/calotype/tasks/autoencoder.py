@@ -47,7 +47,9 @@ def resolve(config: TrainAutoencoder) -> TrainAutoencoder:
     if not dataset.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     data = replace(config.data, digest=dataset.digest)
-    return replace(config, data=batches.resolve(data, config.root))
+    resolved = replace(config, data=batches.resolve(data, config.root))
+    batches.check(resolved, batches.source(resolved.data, config.root, _dataset_store(config), dataset))
+    return resolved
 
 
 def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str, Any]:

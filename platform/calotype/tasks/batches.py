@@ -14,12 +14,13 @@ from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 
 
-def reading(settings: Settings) -> Reading:
+def reading(settings: Settings, decoders: int) -> Reading:
     """The group `stream`, in bytes."""
     return Reading(
         memory=settings.memory_mb * 2**20,
         readers=settings.readers,
         workers=settings.workers,
+        decoders=decoders,
         on_error=settings.on_error,
         error_budget=settings.error_budget,
         cache=settings.cache,
@@ -39,6 +40,14 @@ def resolve(data: Data, root: str) -> Data:
     taken_down = filters.takedown_keys(data.takedown) if data.takedown else frozenset[str]()
     selection = filters.publish(store, load_dataset(store, data.digest), data.filter, taken_down)
     return replace(data, selection=selection)
+
+
+def check(config: TrainAutoencoder | TrainDenoiser, dataset: Dataset) -> None:
+    """
+    Raises:
+        ConfigError: on submit already, what a worker could not hold in memory, or an order that cannot be.
+    """
+    stream(config, dataset, Worker(world=min(config.cluster.workers, config.train.batch)))
 
 
 def source(data: Data, root: str, store: Store, manifest: Manifest, split: str = "train") -> Dataset:
@@ -70,5 +79,5 @@ def stream(
         world=worker.world,
         arrays=arrays,
         decode=decode,
-        reading=reading(config.stream),
+        reading=reading(config.stream, worker.threads),
     )

@@ -51,7 +51,9 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
     found = cache.load_cache(open_store(config.root), config)
     if not found.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
-    return resolve_start(replace(config, data=batches.resolve(config.data, config.root)))
+    config = replace(config, data=batches.resolve(config.data, config.root))
+    batches.check(config, batches.source(config.data, config.root, open_store(config.root), found))
+    return resolve_start(config)
 
 
 def resolve_start(config: TrainDenoiser) -> TrainDenoiser:
