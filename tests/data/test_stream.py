@@ -356,6 +356,12 @@ def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> N
     stream = Stream(Dataset(store, rows), seed=0, batch=32, arrays=["x"], reading=reading)
     with closing(stream), pytest.raises(DataError, match=r"16 samples.*stream\.error_budget=15"):
         list(islice(stream, 8))
+    for n in range(2):  # whole batches are left out
+        store.write(f"{n}.tar", bytes(rows[n].bytes))
+    reading = Reading(on_error="quarantine", error_budget=128)
+    stream = Stream(Dataset(store, rows), seed=0, batch=8, arrays=["x"], reading=reading)
+    with closing(stream), pytest.raises(DataError, match=r"no sample of the first batch can be read.*tar is damaged"):
+        next(iter(stream))
 
 
 # ------------------------------------------------------------------------------------------- more of it

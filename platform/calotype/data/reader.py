@@ -90,6 +90,7 @@ class Reader:
         self.schedule = Schedule(layouts, weights, order.seed, order.batch, order.lanes, order.window)
         self._layouts, self._datasets, self._reading = layouts, datasets, reading
         self._arrays, self._decode, self._threads = tuple(arrays), decode, threads
+        self._like: dict[str, tuple[tuple[int, ...], Any]] = {}  # shape and dtype of a row, as the last batch had them
         self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
         _check_memory(datasets, order, slots, reading, self.schedule)
 
@@ -152,6 +153,13 @@ class Reader:
             self._decoded(made, [self._sample(c, i) for c, i in found], pool, self._decode)
         else:
             made.samples = [self._sample(c, i, copy=True) for c, i in found]
+            return made
+        if made.arrays:
+            self._like = {name: (array.shape[1:], array.dtype) for name, array in made.arrays.items()}
+        elif not self._like:
+            raise DataError(f"no sample of the first batch can be read: {made.skipped[0][1]}")
+        else:  # all of it is left out: zeros of the shape that the batch before had, which weigh nothing
+            made.arrays = {name: np.zeros((len(keys), *shape), dtype) for name, (shape, dtype) in self._like.items()}
         return made
 
     def _sample(self, chunk: Chunk | Bad, index: int, copy: bool = False) -> Sample | None:
@@ -166,7 +174,7 @@ class Reader:
     def _gather(self, made: Rows, found: list[tuple[Chunk | Bad, int]]) -> None:
         """Stack the arrays of a batch: one copy of each row, from the buffer that the network filled."""
         like = next((chunk for chunk, _ in found if isinstance(chunk, Chunk)), None)
-        if like is None:  # all of it is left out: the shapes are not known, and there is nothing to weigh
+        if like is None:
             return
         for name in self._arrays:
             first = like.arrays[name]

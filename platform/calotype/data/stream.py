@@ -334,19 +334,8 @@ def _joined(processes: list[_Process]) -> Iterator[Rows]:
             made.samples += one.rows.samples
             made.skipped += [(first + row, reason) for row, reason in one.rows.skipped]
             first += len(one.rows.keys)
-        counts = [len(one.rows.keys) for one in sent]
-        for name, like in next((part for part in parts if part), {}).items():
-            made.arrays[name] = _stacked([part.get(name) for part in parts], counts, like)
+        for name in parts[0]:
+            made.arrays[name] = np.concatenate([part[name] for part in parts])
         for process, one in zip(processes, sent):
             process.done(one)
         yield made
-
-
-def _stacked(parts: list[Array | None], counts: list[int], like: Array) -> Array:
-    """One array of them all; zeros where a process had to leave out all of its rows."""
-    out = np.empty((sum(counts), *like.shape[1:]), like.dtype)
-    first = 0
-    for part, count in zip(parts, counts):
-        out[first : first + count] = 0 if part is None else part
-        first += count
-    return out
