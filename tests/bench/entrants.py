@@ -132,7 +132,7 @@ def litdata(spec: Spec, state: Any) -> tuple[Batches, State]:
 
 
 def spdl(spec: Spec, state: Any) -> tuple[Batches, None]:
-    """Shards in parallel ranges by obstore, parsed in place by spdl's C++; in a DataLoader, for workers, by shards."""
+    """Shards in parallel ranges by obstore, parsed by spdl's C++; for workers in a DataLoader, divided by shards."""
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
     class Shards(IterableDataset):  # type: ignore[misc, type-arg]
@@ -146,54 +146,59 @@ def spdl(spec: Spec, state: Any) -> tuple[Batches, None]:
 
 
 def spdl_batches(spec: Spec, tars: list[str]) -> Batches:
+    """Tried and slower: whole shards in parallel, ranges joined into one buffer (new or used again), `load_npy`,
+    `np.stack`; fewer or larger ranges."""
     import torch
-    from spdl.io import iter_tarfile, load_npy
+    from spdl.io import iter_tarfile
 
-    arrays = KINDS[spec.kind].arrays
-    rows = 0
-    out: dict[str, Any] = {}
-    for data in fetched(spec, tars, ahead=4, part=8 * MIB):
-        for path, view in iter_tarfile(data):
-            name = path.partition(".")[2].removesuffix(".npy")
-            if name not in arrays:
-                continue
-            if rows == 0 and name not in out:
-                dtype, shape = arrays[name]
-                out[name] = np.empty((BATCH, *shape), dtype)
-            out[name][rows] = load_npy(view)
-            if name == "text":  # the last of a sample's members
-                rows += 1
-            if rows == BATCH:
+    def empty() -> tuple[dict[str, Any], dict[str, memoryview]]:
+        made = {name: np.empty((BATCH, *shape), dtype) for name, (dtype, shape) in KINDS[spec.kind].arrays.items()}
+        return made, {f"{name}.npy": array.reshape(-1).view(np.uint8).data for name, array in made.items()}
+
+    (out, flat), row = empty(), 0
+    last = f"{max(out)}.npy"  # members are sorted
+    for ranges in fetched(spec, tars):
+        for path, data in iter_tarfile(ranges):
+            name = path.partition(".")[2]
+            if name in flat:
+                size = len(flat[name]) // BATCH
+                flat[name][row * size : (row + 1) * size] = memoryview(data)[-size:]  # behind the header
+                row += name == last
+            if row == BATCH:
                 yield {name: torch.from_numpy(array) for name, array in out.items()}
-                rows, out = 0, {}
+                (out, flat), row = empty(), 0
 
 
-def fetched(spec: Spec, tars: list[str], ahead: int, part: int) -> Iterator[Any]:
-    """Whole shards in order, each in ranges of `part` bytes, so many shards ahead."""
+class Ranges:
+    """The parts of an object, on their way, as a file."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts, self.now, self.at = deque(parts), memoryview(b""), 0
+
+    def read(self, size: int = -1) -> bytes:
+        if self.at == len(self.now):
+            if not self.parts:
+                return b""
+            self.now, self.at = memoryview(self.parts.popleft().result()), 0
+        data = bytes(self.now[self.at : self.at + size])
+        self.at += len(data)
+        return data if len(data) == size or not self.parts else data + self.read(size - len(data))
+
+
+def fetched(spec: Spec, tars: list[str]) -> Iterator[Ranges]:
+    """Objects in order, in ranges of 8 MB, of four objects at a time."""
     import obstore
 
-    store = obstore_of(spec)
-    per_process = max(1, spec.connections // max(1, spec.workers))
-    with ThreadPoolExecutor(per_process) as pool:
-        waiting: deque[tuple[bytearray, list[Any]]] = deque()
-
-        def ask(key: str) -> None:
-            buffer = bytearray(spec.sizes[key])
-
-            def one(start: int) -> None:
-                stop = min(start + part, len(buffer))
-                buffer[start:stop] = obstore.get_range(store, f"tar/{key}", start=start, end=stop)
-
-            waiting.append((buffer, [pool.submit(one, start) for start in range(0, len(buffer), part)]))
-
-        for number in range(len(tars) + ahead):
+    store, part = obstore_of(spec), 8 * MIB
+    with ThreadPoolExecutor(max(1, spec.connections // max(1, spec.workers))) as pool:
+        waiting: deque[Ranges] = deque()
+        for number in range(len(tars) + 4):
             if number < len(tars):
-                ask(tars[number])
-            if number >= ahead:
-                buffer, parts = waiting.popleft()
-                for each in parts:
-                    each.result()
-                yield memoryview(buffer)
+                key, size = f"tar/{tars[number]}", spec.sizes[tars[number]]
+                spans = [(start, min(start + part, size)) for start in range(0, size, part)]
+                waiting.append(Ranges([pool.submit(obstore.get_range, store, key, start=a, end=b) for a, b in spans]))
+            if number >= 4:
+                yield waiting.popleft()
 
 
 def obstore_of(spec: Spec) -> Any:

@@ -49,6 +49,7 @@ OURS = ("calotype", "webdataset", "limit-http", "pool")  # the others' libraries
 READERS = ("calotype", "webdataset", "mosaicml", "litdata", "spdl", "limit")
 PEERS = "torch==2.13.0 torchvision==0.28.0 mosaicml-streaming==0.13.0 litdata==0.2.76 spdl-io==0.8.0 obstore==0.12.1"
 TIMEOUT = 600.0  # seconds of one run
+PATIENCE = 5.0  # seconds to wait for a quiet machine before a run
 SAMPLED = 0.2  # seconds between two looks at memory
 
 
@@ -101,14 +102,17 @@ def quiet(**more: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def run(spec: Spec, python: str, url: str) -> dict[str, Any]:
-    """One run in a process of its own; adds `base` and `peak`, bytes of memory before it began and at most.
+def run(spec: Spec, python: str, proxy: Proxy) -> dict[str, Any]:
+    """One run in a process of its own, when the machine is quiet.
+
+    Adds `base` and `peak`, bytes of memory before it began and at most, and `others`, the share of the machine's CPU
+    that neither it nor the proxy took meanwhile.
 
     Raises:
         RuntimeError: with the end of what it said.
     """
     # mosaicml has a name of its own for it
-    env = quiet(AWS_ENDPOINT_URL_S3=url, S3_ENDPOINT_URL=url, AWS_DEFAULT_REGION="us-east-1")
+    env = quiet(AWS_ENDPOINT_URL_S3=proxy.url, S3_ENDPOINT_URL=proxy.url, AWS_DEFAULT_REGION="us-east-1")
     ours, theirs = os.pipe()
     with tempfile.TemporaryFile() as errors, os.fdopen(ours) as said:
         process = subprocess.Popen(
@@ -119,16 +123,37 @@ def run(spec: Spec, python: str, url: str) -> dict[str, Any]:
         try:
             assert process.stdin is not None
             if _line(said):
+                _await_quiet()
                 with _sampled(process.pid) as memory:
+                    (busy, whole), passed_on = _busy(), proxy.counts().cpu
                     process.stdin.write(b"\n")
                     process.stdin.flush()
                     line = _line(said)
                 if line:
-                    return {**json.loads(line), "base": memory[0], "peak": max(memory)}
+                    found = {**json.loads(line), "base": memory[0], "peak": max(memory)}
+                    used = found.get("cpu", 0.0) + proxy.counts().cpu - passed_on
+                    found["others"] = max(0.0, _busy()[0] - busy - used) / (_busy()[1] - whole)
+                    return found
             errors.seek(0)
             raise RuntimeError(errors.read().decode(errors="replace").strip()[-1500:] or "it said nothing in time")
         finally:
             _end(process)
+
+
+def _busy() -> tuple[float, float]:
+    """CPU-seconds that the machine has worked, and that it had, since it began."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def _await_quiet() -> None:
+    """Wait until others use less than a tenth of the machine, but not for ever."""
+    for _ in range(int(PATIENCE / 0.5)):
+        before = _busy()
+        time.sleep(0.5)
+        after = _busy()
+        if after[0] - before[0] < (after[1] - before[1]) / 10:
+            return
 
 
 def _line(said: Any) -> str:
@@ -201,7 +226,7 @@ def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> 
                     for number in range(options.rounds):
                         for name, workers, connections in plan:
                             one = replace(spec, entrant=name, workers=workers, connections=connections)
-                            found += both(one, route, number, options, proxy.url, marks)
+                            found += both(one, route, number, options, proxy, marks)
         finally:
             empty(bucket)
     return found
@@ -218,7 +243,7 @@ def warm(bucket: str, url: str) -> None:
 
 
 def both(
-    spec: Spec, route: str, number: int, options: argparse.Namespace, url: str, marks: list[int]
+    spec: Spec, route: str, number: int, options: argparse.Namespace, proxy: Proxy, marks: list[int]
 ) -> list[dict[str, Any]]:
     """A whole run, and a resumed one where the entrant knows how."""
     python = sys.executable if spec.entrant in OURS else options.peers_python
@@ -228,9 +253,9 @@ def both(
     state.unlink(missing_ok=True)
     can = spec.entrant in ("calotype", "mosaicml", "litdata")
     try:
-        result = run(replace(spec, resume=str(state) if can else ""), python, url)
+        result = run(replace(spec, resume=str(state) if can else ""), python, proxy)
         if state.exists():
-            result["resume"] = run(replace(spec, resume=str(state), resumed=True), python, url)["first"]
+            result["resume"] = run(replace(spec, resume=str(state), resumed=True), python, proxy)["first"]
     except RuntimeError as error:
         log(f"  {route} {spec.entrant} workers={spec.workers}: failed: {error}")
         return [{**head, "error": str(error)}]
@@ -244,7 +269,8 @@ def both(
     result |= {"gap": statistics.median(gaps), "gap99": float(np.percentile(gaps, 99))} if gaps else {}
     speed = result["bytes"] / result["seconds"] / 1e6
     log(f"  {route} {spec.entrant} workers={spec.workers} connections={spec.connections}: {speed:.0f} MB/s, "
-        f"{result['cpu'] / result['bytes'] * 1e9:.2f} CPU-s/GB, first {result['first']:.2f} s"
+        f"{result['cpu'] / result['bytes'] * 1e9:.2f} CPU-s/GB, first {result['first']:.2f} s, "
+        f"others took {result['others']:.0%} of the machine"
         f"{'' if result['complete'] else ', NOT COMPLETE'}")  # fmt: skip
     return [head | result]
 

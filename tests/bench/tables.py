@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 Row = dict[str, Any]  # medians of the runs of one entrant
-COLUMNS = ("samples/s", "MB/s", "CPU-s/GB", "peak MB", "base MB", "gap p99 ms", "p99/median", "first s", "resume s")
+COLUMNS = ("samples/s", "MB/s", "CPU-s/GB", "peak MB", "base MB", "p99 gap ms",
+           "p99/median", "first s", "resume s", "others %")  # fmt: skip
 
 
 def medians(runs: list[Row]) -> dict[tuple[str, str], dict[tuple[str, int], Row]]:
@@ -43,6 +44,7 @@ def _row(group: list[Row]) -> Row:
         "cpu": mid(lambda run: run["cpu"] / run["bytes"] * 1e9),
         "peak": mid(lambda run: run["peak"] / 1e6),
         "base": mid(lambda run: run["base"] / 1e6),
+        "others": mid(lambda run: 100 * run["others"]),
         "first": mid(lambda run: run["first"]),
         "complete": all(run["complete"] for run in good),
         "failed": len(group) - len(good),
@@ -79,6 +81,7 @@ def table(runs: list[Row]) -> str:
                     f"{row['gaps']:.1f}" if tensors else "",
                     f"{row['first']:.2f}",
                     f"{row['resume']:.2f}" if "resume" in row else "cannot" if tensors else "",
+                    f"{row['others']:.0f}",
                 )
                 + ("" if row["complete"] else "  SAMPLES LOST OR CHANGED")
                 + (f"  {row['failed']} runs failed" if row["failed"] else "")
