@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import webdataset
-from calotype.data import Stream, foreign, open_dataset, scan, tar
+from calotype.data import Stream, filters, foreign, open_dataset, scan, tar
 from calotype.data.elsewhere import Elsewhere, dataset_store, shards_at
 from calotype.data.files import FolderStore
 from calotype.data.manifest import load_dataset, versions_of
@@ -67,7 +68,6 @@ def theirs(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "CHUNK", 16_000)
-    monkeypatch.setattr(scan, "LARGE", 8 * 16_000)
 
 
 @pytest.fixture
@@ -168,6 +168,19 @@ def test_columns_are_there_to_filter_by(theirs: Path, tmp_path: Path) -> None:
     }
 
 
+def test_their_columns_filter_the_stream(theirs: Path, tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    foreign.index(root, "laion", str(theirs))
+    store, dataset = dataset_store(root, "laion"), open_dataset(root, "laion")
+    manifest = load_dataset(store)
+    chosen = filters.publish(store, manifest, [["width", ">=", 84], ["bytes.jpg", "<", 2200]], {"01/0022"})
+    stream = Stream(replace(dataset, keep=filters.load(store, chosen, manifest)), seed=1, batch=8)
+    expected = {f"{shard:02d}/{n:04d}" for shard in range(3) for n in range(20, 33)} - {"01/0022"}
+    assert stream.epoch_samples == len(expected)
+    keys = [key for batch, _ in zip(stream, range(len(stream))) for key in batch.keys]
+    assert set(keys[: len(expected)]) == expected
+
+
 # ------------------------------------------------------------------------------------------------ again, and again
 
 
@@ -198,7 +211,6 @@ def test_new_shards_are_a_new_version(theirs: Path, tmp_path: Path, reads: Count
 
 def test_killed_it_goes_on_where_it_was(tmp_path: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "CHUNK", 4 * 2**20)  # as in the other process
-    monkeypatch.setattr(scan, "LARGE", 32 * 2**20)
     for shard in range(12):
         write(tmp_path / "theirs" / f"{shard:05d}.tar", shard, 400)
     root, place = tmp_path / "root", str(tmp_path / "theirs")
@@ -364,8 +376,14 @@ def test_chunks_stay_small_where_samples_grow(tmp_path: Path, reads: Counter[str
     assert shard.chunk_bytes <= 8 * 16_000 + 2 * 50_000
     assert reads["a.tar"] <= 3 * shard.bytes, "read again, because what came first misled it"
     assert len(samples_of(tmp_path)) == 320
-    few = indexed(tmp_path, made(files[:260]) + tar.END, b=made([("x.jpg", bytes(200_000))]) + tar.END).bad
-    assert "must not change" in few[0][1]
+    last = made([(f"{n}.jpg", b"1") for n in range(10)] + [("x.jpg", bytes(200_000))]) + tar.END
+    assert indexed(tmp_path / "last", last).shards[0].chunk_counts() == [1] * 11
+
+
+def test_chunks_hold_few_samples_where_they_are_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "CHUNK", 4 * 2**20)
+    found = indexed(tmp_path, made([(f"{n:04d}.txt", b"1") for n in range(1000)]) + tar.END)
+    assert found.shards[0].chunk_counts() == [256, 256, 256, 232]
 
 
 def test_the_window_changes_nothing() -> None:
@@ -473,6 +491,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a member twice": (made([("a.jpg", b""), ("a.jpg", b"")]) + tar.END, r"byte 512: sample 'a' has 'jpg' twice"),
     "no end": (made([("a.jpg", b"12")]), "cut at byte 1024: its closing blocks are missing"),
     "cut in a member": (made([("a.jpg", b"1" * 5000)])[:3000], r"cut at byte 3000: 'a\.jpg' should end at byte 5632"),
+    "cut in a json": (made([("a.json", b"1" * 5000)])[:3000], r"cut at byte 3000: 'a\.json' should end at byte 5632"),
     "cut in a header": (
         made([("a.jpg", b"1")]) + made([("b.jpg", b"")])[:100],
         "byte 1024: cut: a header should be there",
@@ -521,6 +540,10 @@ def test_shards_without_samples_are_passed_by(tmp_path: Path) -> None:
     assert found.passed_by == {"empty shards": 2}
     with pytest.raises(DataError, match="hold no sample"):
         foreign.index(str(tmp_path / "root"), "y", str(put(tmp_path / "none" / "a.tar", tar.END).parent))
+
+
+def test_an_end_may_be_padded(tmp_path: Path) -> None:
+    assert indexed(tmp_path, GOOD[:-512], b=GOOD + bytes(2**19), c=GOOD + bytes(100)).bad == ()
 
 
 def test_every_cut_is_refused(tmp_path: Path) -> None:
@@ -592,13 +615,22 @@ def test_foreign_shards_are_never_written(theirs: Path, tmp_path: Path) -> None:
         dataset_store(root, "x")
 
 
-def test_an_error_in_one_thread_ends_all(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_one_thread_ends_all(tmp_path: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also Ctrl-C: what other threads are reading is not read to its end."""
+    for name in "ab":
+        path = put(tmp_path / "theirs" / f"{name}.tar", tar.header("a.jpg", 10**9))
+        os.truncate(path, 512 + tar.padded(10**9) + 1024)
+    counting = FolderStore.read_into
+
     def refused(self: FolderStore, key: str, start: int, buffer: memoryview) -> int:
-        raise CalotypeError("403")
+        if key == "b.tar" and start:
+            raise CalotypeError("403")
+        return counting(self, key, start, buffer)
 
     monkeypatch.setattr(FolderStore, "read_into", refused)
     with pytest.raises(CalotypeError, match="403"):
-        foreign.index(str(tmp_path / "root"), "x", str(theirs))
+        foreign.index(str(tmp_path / "root"), "x", str(tmp_path / "theirs"), jobs=2)
+    assert 0 < reads["a.tar"] < 5 * 10**8
 
 
 # ------------------------------------------------------------------------------------------------ verify

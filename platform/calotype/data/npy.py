@@ -48,7 +48,7 @@ def _header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
     try:
         np.lib.format.read_magic(stream)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
+    except Exception as error:  # numpy reads it as Python, whose parser raises anything on hostile bytes
         raise DataError(f"an array of a cache has no .npy header ({error})") from error
     if fortran or dtype.hasobject:
         raise DataError(f"an array of a cache is not plain and row-major but {dtype}, fortran_order={fortran}")

@@ -20,7 +20,7 @@ from calotype.data.shards import CHUNK
 from calotype.errors import DataError
 
 CHUNK_SAMPLES = 256  # of one chunk, at most
-LARGE = 8 * CHUNK  # bytes that a chunk of several samples must not exceed
+LARGE = 8  # times CHUNK, which a chunk of several samples must not exceed
 MAX_SAMPLES = 2**20  # of one shard: what is known of them is held in memory
 MAX_JSON = 2**16  # bytes of a json member that is looked into
 MAX_NUMBERS = 64  # of one json member
@@ -58,7 +58,7 @@ def scanned(read: Read, size: int, where: str, memory: memoryview) -> Scan:
     """Read a tar of `size` bytes.
 
     All chunks but the last hold the same number of samples, which the first CHUNK bytes decide.  Where later samples
-    are so much larger that this makes chunks of more than LARGE bytes, the tar is read again with fewer.
+    are so much larger that this makes chunks of more than LARGE times as many, the tar is read again with fewer.
 
     Args:
         read: (start, buffer) -> bytes read.
@@ -227,7 +227,7 @@ class _Scanner:
     def _check_size(self, at: int) -> int:
         """Samples of the chunk, which might end here."""
         here, size = len(self.found.keys) - self.first, at - self.window.offsets[-1]
-        if size > LARGE and here > 1:
+        if size > LARGE * CHUNK and here > 1:
             raise _TooLarge(max(1, here * CHUNK // size))
         return here
 
