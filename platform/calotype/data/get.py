@@ -17,7 +17,9 @@ from __future__ import annotations
 import http.client
 import logging
 import random
+import socket
 import ssl
+import struct
 import threading
 import time
 from collections import OrderedDict
@@ -119,6 +121,7 @@ class Getter:
     def _once(self, key: str, start: int, buffer: memoryview, have: int) -> tuple[int, bool]:
         """(bytes in the buffer, whether more should have come)."""
         counts.requests += 1
+        before = have
         try:
             connection, target = self._connected(key)
             connection.request("GET", target, headers={"Range": f"bytes={start + have}-{start + len(buffer) - 1}"})
@@ -130,13 +133,17 @@ class Getter:
             promised = response.length if response.length is not None else len(buffer) - have
             until = have + min(promised, len(buffer) - have)
             while have < until:
-                got = response.readinto(buffer[have:until])
+                got = _received(connection, response, buffer[have:until], first=have == before)
                 if not got:
                     return have, True
                 have += got
-            if not response.isclosed():  # more came than was asked for
+            if response.fp is not None and promised == until - before:
+                response.close()  # all of it was read: the connection serves the next request
+            elif not response.isclosed():  # more came than was asked for
                 self.close()
             return have, False
+        except BlockingIOError as error:
+            raise _Broken(have, f"no byte for {STALL:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise _Broken(have, f"{type(error).__name__}: {error}".rstrip(": ")) from error
 
@@ -166,7 +173,12 @@ class Getter:
                 else http.client.HTTPConnection(parts.netloc, timeout=CONNECT)
             )
             made.connect()
-            made.sock.settimeout(STALL)
+            if parts.scheme == "https":
+                made.sock.settimeout(STALL)
+            else:  # the kernel's own limit, so that one call may wait for a whole chunk
+                made.sock.settimeout(None)
+                limit = struct.pack("ll", int(STALL), int(STALL % 1 * 1e6))
+                made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             self._mine.connection = old = (place, made)
         return old[1], f"{parts.path}?{parts.query}"
 
@@ -183,6 +195,18 @@ class Getter:
     def _forget(self, key: str) -> None:
         with self._lock:
             self._urls.pop(key, None)
+
+
+def _received(
+    connection: http.client.HTTPConnection, response: http.client.HTTPResponse, buffer: memoryview, first: bool
+) -> int:
+    """Some of the body, in as few calls as can be: each gives up the interpreter's lock, and must win it again from
+    threads that hold it for up to 5 ms.  0 at its end."""
+    if connection.sock is None or hasattr(connection.sock, "cipher"):  # TLS comes in records of 16 KiB anyway
+        return response.readinto(buffer)
+    if first:  # what came with the head, and lies in the response's own buffer
+        return response.readinto(buffer[: len(response.fp.peek())])
+    return connection.sock.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
 
 
 class _Broken(Exception):
