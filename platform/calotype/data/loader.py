@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from calotype.data.stream import Stream
-
 
 class TorchStream(IterableDataset[dict[str, Any]]):
     """Batches as dicts of tensors; its state is the stream's."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream  # a `Stream`, which makes this: importing its room here would be a circle
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.stream:
@@ -26,7 +24,7 @@ class TorchStream(IterableDataset[dict[str, Any]]):
             yield made | about | {"key": batch.keys}
 
     def state_dict(self) -> dict[str, int]:
-        return self.stream.state_dict()
+        return dict(self.stream.state_dict())
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.stream.load_state_dict(state)
