@@ -85,12 +85,13 @@ def make(spec: Spec, peers: str, formats: list[str]) -> list[int]:
     return sorted(marks)
 
 
-def empty(bucket: str) -> None:
-    """Delete all objects of a bucket."""
+def remove(bucket: str) -> None:
+    """Delete a bucket and all that is in it."""
     client = entrants.s3()
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
         for item in page.get("Contents", ()):
             client.delete_object(Bucket=bucket, Key=item["Key"])
+    client.delete_bucket(Bucket=bucket)
 
 
 def quiet(**more: str) -> dict[str, str]:
@@ -228,7 +229,7 @@ def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> 
                             one = replace(spec, entrant=name, workers=workers, connections=connections)
                             found += both(one, route, number, options, proxy, marks)
         finally:
-            empty(bucket)
+            remove(bucket)
     return found
 
 
