@@ -25,8 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -209,10 +209,10 @@ def turns(kind: str, names: list[str], workers: list[int]) -> list[tuple[str, in
     return limits + [(name, n, 16) for n in workers for name in names if name != "limit"]
 
 
-def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> list[dict[str, Any]]:
-    """All runs of one kind of samples."""
+def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> Generator[dict[str, Any], None, None]:
+    """All runs of one kind of samples, as they end."""
     shards, each = samples.KINDS[kind].shards(options.gigabytes)
-    bucket, found = f"bench-{secrets.token_hex(5)}", []
+    bucket = f"bench-{secrets.token_hex(5)}"
     plan = [turn for turn in turns(kind, options.entrants, options.workers) if turn[0] not in missing]
     with tempfile.TemporaryDirectory(prefix="calotype-bench-") as folder:
         tars = [f"{number:05d}.tar" for number in range(shards)]
@@ -227,10 +227,9 @@ def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> 
                     for number in range(options.rounds):
                         for name, workers, connections in plan:
                             one = replace(spec, entrant=name, workers=workers, connections=connections)
-                            found += both(one, route, number, options, proxy, marks)
+                            yield both(one, route, number, options, proxy, marks)
         finally:
             remove(bucket)
-    return found
 
 
 def warm(bucket: str, url: str) -> None:
@@ -245,7 +244,7 @@ def warm(bucket: str, url: str) -> None:
 
 def both(
     spec: Spec, route: str, number: int, options: argparse.Namespace, proxy: Proxy, marks: list[int]
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """A whole run, and a resumed one where the entrant knows how."""
     python = sys.executable if spec.entrant in OURS else options.peers_python
     head = {"kind": spec.kind, "route": route, "entrant": spec.entrant, "workers": spec.workers,
@@ -259,7 +258,7 @@ def both(
             result["resume"] = run(replace(spec, resume=str(state), resumed=True), python, proxy)["first"]
     except RuntimeError as error:
         log(f"  {route} {spec.entrant} workers={spec.workers}: failed: {error}")
-        return [{**head, "error": str(error)}]
+        return {**head, "error": str(error)}
     got = result.pop("marks")
     result["bytes"] = spec.samples * samples.KINDS[spec.kind].bytes
     result["fetched"] = sum(spec.sizes.values())
@@ -273,7 +272,7 @@ def both(
         f"{result['cpu'] / result['bytes'] * 1e9:.2f} CPU-s/GB, first {result['first']:.2f} s, "
         f"others took {result['others']:.0%} of the machine"
         f"{'' if result['complete'] else ', NOT COMPLETE'}")  # fmt: skip
-    return [head | result]
+    return head | result
 
 
 def absent(names: list[str], peers: str) -> dict[str, str]:
@@ -318,7 +317,14 @@ def main() -> None:
         log(f"without {name}: {why}")
     if missing:
         log(f"to have them: python3.11 -m venv peers && peers/bin/pip install {PEERS}; --peers-python peers/bin/python")
-    runs = [one for kind in options.kinds for one in compare(kind, options, missing)]
+    runs: list[dict[str, Any]] = []
+    try:
+        for kind in options.kinds:
+            with closing(compare(kind, options, missing)) as found:
+                for one in found:
+                    runs.append(one)
+    except KeyboardInterrupt:
+        log("interrupted: what follows is of the runs that were made")
     if options.json:
         options.json.write_text(json.dumps(runs, indent=1))
     print(table(runs))
