@@ -68,12 +68,11 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture
 def bucket(stack: Stack) -> str:
-    """A fresh, empty root in the stack's S3."""
+    """A fresh, empty root in the stack's S3; all are in one bucket, for each bucket takes volumes of SeaweedFS."""
     from calotype.data.store import open_store
 
-    uri = f"s3://test-{secrets.token_hex(6)}"
-    open_store(uri).ensure()
-    return uri
+    open_store("s3://test").ensure()
+    return f"s3://test/{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="session")
