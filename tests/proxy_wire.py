@@ -61,9 +61,10 @@ class Head:
 
     @property
     def plain(self) -> bool:
-        """Whether a request is for an object as such: GET or HEAD, with no query but the one that some clients add."""
+        """Whether a request is for an object as such: GET or HEAD, with no query but a signature, or what clients add."""
         path, _, query = self.first[1].partition("?")
-        return self.first[0] in ("GET", "HEAD") and path.count("/") > 1 and query in ("", "x-id=GetObject")
+        whole = not query or all(word.startswith(("X-Amz-", "x-id=GetObject")) for word in query.split("&"))
+        return self.first[0] in ("GET", "HEAD") and path.count("/") > 1 and whole
 
     @property
     def length(self) -> int:

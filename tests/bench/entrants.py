@@ -18,7 +18,7 @@ from samples import KINDS, decode, decoded
 
 BATCH = 64
 MIB = 2**20
-MEMORY = 1024 * MIB  # calotype's budget
+MEMORY, LANES = 256 * MIB, 8  # calotype's budget, and places of the epoch that a batch is drawn from
 
 
 @dataclass
@@ -48,7 +48,9 @@ def s3() -> Any:
     import boto3
     from botocore.config import Config
 
-    config = Config(response_checksum_validation="when_required", s3={"addressing_style": "path"})
+    config = Config(
+        signature_version="s3v4", response_checksum_validation="when_required", s3={"addressing_style": "path"}
+    )
     return boto3.client("s3", config=config)
 
 
@@ -65,7 +67,7 @@ def calotype(spec: Spec, state: Any) -> tuple[Batches, State]:
     shards = Manifest.from_bytes(store.read("manifest.json")).shards
     reading = Reading(memory=MEMORY, workers=spec.workers, readers=spec.connections // max(1, spec.workers))
     how: dict[str, Any] = {"arrays": tuple(KINDS[spec.kind].arrays)} if spec.kind != "jpeg" else {"decode": decoded}
-    stream = Stream(Dataset(store, shards), seed=0, batch=BATCH, reading=reading, **how)
+    stream = Stream(Dataset(store, shards), seed=0, batch=BATCH, lanes=LANES, reading=reading, **how)
     if state is not None:
         stream.load_state_dict(state)
 

@@ -121,7 +121,7 @@ class Chunks:
         self._held: dict[int, _Held] = {}
         self._ends: list[tuple[int, int]] = []  # heap of (last use, chunk)
         self._spare: OrderedDict[int, _Held] = OrderedDict()  # not needed any more in this epoch; while there is room
-        self._buffers = _Buffers()
+        self._buffers = _Buffers(reading.memory)
         self._sidecars: OrderedDict[tuple[int, int], Future[Sidecar]] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(reading.readers, thread_name_prefix="chunk")
@@ -176,7 +176,7 @@ class Chunks:
     def _drop(self, held: _Held) -> None:
         self.used -= held.bytes
         if held.future.done() and not held.future.exception() and isinstance(found := held.future.result(), Chunk):
-            self._buffers.give(found.buffer, self._reading.memory - self.used)
+            self._buffers.give(found.buffer)
 
     def _find(self, chunk: int) -> tuple[int, int, int]:
         """(dataset, shard, number in the shard)."""
@@ -279,24 +279,29 @@ def _arrays(view: memoryview, table: Table, name: str, where: str, index: int) -
 
 
 class _Buffers:
-    """Memory that was in use before: fresh memory costs the kernel more time than filling it."""
+    """Memory that was in use before: fresh memory costs the kernel more time than filling it.
 
-    def __init__(self) -> None:
+    Args:
+        limit: bytes, of what is in use and what is free together; more only where more is in use.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._made = limit, 0
         self._free: list[np.ndarray[Any, Any]] = []
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray[Any, Any]:
+        whole = -(-size // GRAIN) * GRAIN
         with self._lock:
             fitting = [i for i, one in enumerate(self._free) if size <= one.nbytes <= size + size // 4 + GRAIN]
             if fitting:
                 return self._free.pop(min(fitting, key=lambda i: self._free[i].nbytes))
-            if self._free:
-                self._free.pop(0)  # it fits nobody: do not keep more than was ever needed
+            while self._free and self._made + whole > self._limit:
+                self._made -= self._free.pop(0).nbytes
+            self._made += whole
         # Not np.empty, which asks for huge pages: filling fresh ones took 2.0 s/GB here, 4 KiB pages 0.7 (reused 0.05).
-        return np.frombuffer(mmap.mmap(-1, -(-size // GRAIN) * GRAIN, flags=PRIVATE), np.uint8)
+        return np.frombuffer(mmap.mmap(-1, whole, flags=PRIVATE), np.uint8)
 
-    def give(self, buffer: np.ndarray[Any, Any], room: int) -> None:
-        """Keep it if all that is kept has room."""
+    def give(self, buffer: np.ndarray[Any, Any]) -> None:
         with self._lock:
-            if sum(one.nbytes for one in self._free) + buffer.nbytes <= max(room, buffer.nbytes):
-                self._free.append(buffer)
+            self._free.append(buffer)
