@@ -61,7 +61,7 @@ class Head:
 
     @property
     def plain(self) -> bool:
-        """Whether a request is for an object as such: GET or HEAD, with no query but a signature, or what clients add."""
+        """Whether a request is for an object as such: GET or HEAD, no query but a signature or what clients add."""
         path, _, query = self.first[1].partition("?")
         whole = not query or all(word.startswith(("X-Amz-", "x-id=GetObject")) for word in query.split("&"))
         return self.first[0] in ("GET", "HEAD") and path.count("/") > 1 and whole

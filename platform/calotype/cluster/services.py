@@ -70,7 +70,7 @@ def _s3(home: Path, state: dict[str, Any]) -> tuple[list[str], Path, dict[str, s
     certificate(folder)
     jwt = state["secrets"]["jwt"]
     names = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
-    # Every bucket has volumes of its own, by default seven as soon as it holds anything: two leave room for many buckets.
+    # Every bucket has volumes of its own, seven as soon as it holds anything: two leave room for many buckets.
     extra = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "2"}
     extra |= {f"WEED_{name}": hashlib.sha256(f"{name}{jwt}".encode()).hexdigest() for name in names}
     extra["WEED_GRPC_CA"] = "grpc.crt"
