@@ -27,6 +27,7 @@ from calotype.data.files import FolderStore
 from calotype.data.manifest import load_dataset, versions_of
 from calotype.data.shards import Sample, existing_shard, iterate, keys_of, read_columns, read_sidecar
 from calotype.data.store import open_store
+from calotype.data.tables import table
 from calotype.data.verify import verify
 from calotype.errors import CalotypeError, ConfigError, DataError
 from hypothesis import event, given, settings
@@ -436,8 +437,8 @@ def test_any_tar_is_indexed_as_tarfile_reads_it_or_refused(data: bytes, size: in
     for number, (_, sizes) in enumerate(expected):
         assert {name: column[number] for name, column in found.sizes.items() if column[number] >= 0} == sizes
     offsets = found.content["chunks"]["offsets"]
-    tables = [tar.table(data[start:stop], "x.tar") for start, stop in pairwise(offsets)]
-    assert [key for table in tables for key in table.keys] == found.keys
+    chunks = [table(data[start:stop], "x.tar") for start, stop in pairwise(offsets)]
+    assert [key for chunk in chunks for key in chunk.keys] == found.keys
 
 
 def test_memory_does_not_grow_with_members(tmp_path: Path) -> None:

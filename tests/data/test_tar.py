@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from calotype.data import tar
+from calotype.data import tables, tar
 from calotype.errors import DataError
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -29,12 +29,12 @@ def ours(data: bytes) -> list[tuple[str, int, int]]:
     return [(entry.name, entry.start, entry.size) for entry in tar.entries(data, "x.tar")]
 
 
-def plain(table: tar.Table) -> tuple[list[str], dict[str, tuple[list[int], list[int]]]]:
+def plain(table: tables.Table) -> tuple[list[str], dict[str, tuple[list[int], list[int]]]]:
     return table.keys, {name: (at.tolist(), size.tolist()) for name, (at, size) in sorted(table.members.items())}
 
 
-def careful(data: bytes) -> tar.Table:
-    return tar._grouped(tar.entries(data, "x.tar"), "x.tar")
+def careful(data: bytes) -> tables.Table:
+    return tables._grouped(tar.entries(data, "x.tar"), "x.tar")
 
 
 # ------------------------------------------------------------------------------------------------ any bytes
@@ -59,7 +59,7 @@ def test_tarfile_agrees_or_it_is_refused(data: bytes) -> None:
 @settings(max_examples=400, deadline=None)
 @given(data=mutated(shards()))
 def test_the_fast_way_agrees_with_the_careful_one(data: bytes) -> None:
-    fast = tar._regular(data)
+    fast = tables._regular(data)
     event("fast" if fast else "careful")
     if fast is not None:
         assert plain(fast) == plain(careful(data))
@@ -68,7 +68,7 @@ def test_the_fast_way_agrees_with_the_careful_one(data: bytes) -> None:
 @settings(max_examples=400, deadline=None)
 @given(data=mutated(st.one_of(shards(), archives())))
 def test_a_run_is_how_the_careful_way_begins(data: bytes) -> None:
-    files, size = tar.run(data, 512)
+    files, size = tables.run(data, 512)
     expected = tar.entries(data, "x.tar", 512)
     ends = [512, *(entry.start + tar.padded(entry.size) for entry in files)]
     event("run" if files else "none")
@@ -80,7 +80,7 @@ def test_a_run_is_how_the_careful_way_begins(data: bytes) -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=mutated(st.one_of(archives(), shards())))
 def test_any_bytes_are_a_table_or_an_error(data: bytes) -> None:
-    found, refused = tried(lambda data: tar.table(data, "x.tar"), data)
+    found, refused = tried(lambda data: tables.table(data, "x.tar"), data)
     assert refused.startswith("x.tar" if refused else "")
     for index in range(len(found.keys) if found else 0):
         assert all(0 < at <= at + size <= len(data) for at, size in found.sample(index).values())
@@ -106,7 +106,7 @@ def test_usual_shards_go_the_fast_way(kind: int, mtime: float) -> None:
     vary = [(f"{key:06d}.{name}", noise.bytes(300 * key)) for key in range(9) for name in ("jpg", "txt")]
     for members in (same, vary, same[:2], same[:1]):
         data = made(members, kind, mtime)
-        fast = tar._regular(data)
+        fast = tables._regular(data)
         assert fast is not None
         assert plain(fast) == plain(careful(data))
         assert len(fast.keys) == -(-len(members) // 2)
@@ -119,7 +119,7 @@ def test_what_webdataset_writes_goes_the_fast_way_and_is_read_as_webdataset_read
             writer.write({"__key__": f"s{number:03d}", "jpg": b"\xff" * number * 100, "txt": f"a {number}"})
     data = path.read_bytes()
     data = data[: next(at for at in range(0, len(data), 512) if not any(data[at:]))]
-    fast = tar._regular(data)
+    fast = tables._regular(data)
     assert fast is not None
     assert plain(fast) == plain(careful(data))
     for number, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False)):
@@ -156,7 +156,7 @@ def test_what_webdataset_writes_goes_the_fast_way_and_is_read_as_webdataset_read
 def test_unusual_headers_go_the_careful_way(at: int, new: bytes) -> None:
     for start in (0, 2048):  # of the first sample and of another
         data = changed(made(TWO), start + at, new.ljust(12, b"\0") if at == 0 else new, start)
-        fast = tar._regular(data)
+        fast = tables._regular(data)
         assert fast is None or (plain(fast) == plain(careful(data)) and new == b"b.jpg")
 
 
@@ -169,10 +169,10 @@ def test_odd_names_go_the_careful_way(odd: str, first: bool) -> None:
         for key in (odd, "b"):
             keys = [key, "z", "y"] if first else ["x", "z", key]
             data = b"".join(raw(f"{key}{suffix}".encode(), b"7") for key in keys for suffix in suffixes)
-            fast = tar._regular(data)
+            fast = tables._regular(data)
             assert fast is None or plain(fast) == plain(careful(data))
     data = b"".join(raw(f"{key}{suffix}".encode(), b"7") for key in "ab" for suffix in (".jpg", ".txt"))
-    assert tar._regular(data) is not None
+    assert tables._regular(data) is not None
 
 
 @pytest.mark.parametrize(
@@ -187,27 +187,27 @@ def test_odd_names_go_the_careful_way(odd: str, first: bool) -> None:
 )
 def test_a_time_is_a_time(record: bytes, size: int) -> None:
     good, bad = (extended(b"x", *data) for data in ((b"11 mtime=1\n", 11), (record, size)))
-    assert tar._regular(good + made(TWO[:1])) is not None
-    assert tar._regular(bad + made(TWO[:1])) is None
-    assert tar._regular(good + good + made(TWO[:1])) is None
-    assert tar._regular(made(TWO) + good) is None
-    found, refused = tried(lambda data: plain(tar.table(data, "x.tar")), bad + made(TWO[:1]))
+    assert tables._regular(good + made(TWO[:1])) is not None
+    assert tables._regular(bad + made(TWO[:1])) is None
+    assert tables._regular(good + good + made(TWO[:1])) is None
+    assert tables._regular(made(TWO) + good) is None
+    found, refused = tried(lambda data: plain(tables.table(data, "x.tar")), bad + made(TWO[:1]))
     assert "pax header is damaged" in refused or found[0] == ["a"]
 
 
 def test_a_size_that_is_too_big_ends_a_run() -> None:
     data = changed(made(TWO), 2048 + 124, b"%011o" % (tar.MAX_MEMBER + 1), 2048)
-    assert [entry.name for entry in tar.run(data)[0]] == ["a.jpg", "a.txt"]
+    assert [entry.name for entry in tables.run(data)[0]] == ["a.jpg", "a.txt"]
 
 
 def test_a_wrong_checksum_is_seen_by_both_ways() -> None:
     data = made(TWO)
-    assert tar._regular(data) is not None
+    assert tables._regular(data) is not None
     for at in (1, 150, 300, 510):
         broken = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-        assert tar._regular(broken) is None
+        assert tables._regular(broken) is None
         with pytest.raises(DataError, match=r"x\.tar, byte 0: not a tar header"):
-            tar.table(broken, "x.tar")
+            tables.table(broken, "x.tar")
 
 
 # ------------------------------------------------------------------------------------------------ hostile archives
@@ -220,7 +220,7 @@ def test_hostile_archives_are_refused_in_one_sentence(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         with pytest.raises(DataError, match=said) as error:
-            tar.table(data, "x.tar")
+            tables.table(data, "x.tar")
         assert str(error.value).startswith("x.tar")
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 6000
@@ -246,7 +246,7 @@ def test_folders_and_times_and_long_names_are_passed_through() -> None:
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         data = made([("folder/", b""), (long, b"1"), ("ü" * 80 + ".txt", b"22")], kind, 1.5)
         assert ours(data) == theirs(data)
-        assert tar.table(data, "x.tar").keys == [long.removesuffix(".b.txt"), "ü" * 80]
+        assert tables.table(data, "x.tar").keys == [long.removesuffix(".b.txt"), "ü" * 80]
         assert next(tar.entries(data, "x.tar")).header == tar.padded(1) * (3 if kind == tarfile.PAX_FORMAT else 1)
     data = extended(b"g", b"18 comment=a word\n") + made(TWO)
     assert ours(data) == theirs(data)

@@ -25,7 +25,8 @@ from calotype.data.manifest import Shard
 from calotype.data.npy import header_of
 from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
 from calotype.data.store import Missing, Store
-from calotype.data.tar import BLOCK, Table
+from calotype.data.tables import Table
+from calotype.data.tar import BLOCK
 from calotype.errors import CalotypeError, DataError
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,10 @@ class Chunk:
     """A verified chunk in memory.  `rows`: which of its samples count, None for all."""
 
     buffer: np.ndarray[Any, Any]
+    view: memoryview  # of it
     table: Table
     rows: Ints | None
     arrays: dict[str, Arrays] = field(default_factory=dict)
-
-    def view(self) -> memoryview:
-        return self.buffer.data
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,9 @@ class Chunks:
                 table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
             if self._disk is not None:
                 self._disk.write(sidecar.hashes[index], view)
-        return Chunk(buffer, table, rows, {name: _arrays(view, table, name, where, index) for name in self._arrays})
+        return Chunk(
+            buffer, view, table, rows, {name: _arrays(view, table, name, where, index) for name in self._arrays}
+        )
 
     def _sidecar(self, dataset: int, shard: int) -> Sidecar:
         """Read once, by whoever comes first."""

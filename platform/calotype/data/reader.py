@@ -14,7 +14,7 @@ import numpy.typing as npt
 from calotype.data.chunks import Bad, Chunk, Chunks, Reading, largest_chunk
 from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
-from calotype.data.schedule import Places, Schedule
+from calotype.data.schedule import Schedule
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
 
@@ -124,24 +124,28 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _steps(self, step: int, every: int) -> Iterator[tuple[_Step, list[tuple[int, int, int, int]]]]:
-        """Every so-manieth step from this one on, with the distinct chunks that it uses."""
-        width = len(self.slots)
+        """Every so-manieth step from this one on, with the chunks that it uses and the steps just before did not."""
+        width, chunks = len(self.slots), sum(len(layout.counts) for layout in self._layouts)
         many = max(1, min(BLOCK // max(width, 1), AHEAD, self.schedule.samples // self._order.batch))
         while True:
             numbers = step + every * np.arange(many)
             positions = (numbers[:, None] * self._order.batch + np.asarray(self.slots)).reshape(-1)
             places = self.schedule.locate(positions)
+            new = np.sort(np.unique(places.epoch * chunks + places.chunk, return_index=True)[1])
+            uses = list(zip(*(c[new].tolist() for c in (places.chunk, places.pool, places.epoch, places.place))))
+            until = np.searchsorted(new, np.arange(many + 1) * width).tolist()
+            chunk, row = places.chunk.tolist(), places.row.tolist()
             for number in range(many):
-                here = Places(*(column[number * width : (number + 1) * width] for column in places))
-                uses = dict.fromkeys(zip(*(c.tolist() for c in (here.chunk, here.pool, here.epoch, here.place))))
-                mine = positions[number * width : (number + 1) * width]
-                yield _Step(int(numbers[number]), mine, here.chunk.tolist(), here.row.tolist()), list(uses)
+                mine = slice(number * width, (number + 1) * width)
+                here = _Step(int(numbers[number]), positions[mine], chunk[mine], row[mine])
+                yield here, uses[until[number] : until[number + 1]]
             step += every * many
 
     def _made(self, step: _Step, chunks: Chunks, pool: ThreadPoolExecutor | None) -> Rows:
+        held = {number: chunks.get(number) for number in dict.fromkeys(step.chunks)}
         found: list[tuple[Chunk | Bad, int]] = []
         for number, index in zip(step.chunks, step.indices):
-            chunk = chunks.get(number)
+            chunk = held[number]
             rows = chunk.rows if isinstance(chunk, Chunk) else None
             found.append((chunk, index if rows is None else int(rows[index])))
         keys = [c.table.keys[i] if isinstance(c, Chunk) else c.keys[i] for c, i in found]
@@ -165,7 +169,7 @@ class Reader:
     def _sample(self, chunk: Chunk | Bad, index: int, copy: bool = False) -> Sample | None:
         if isinstance(chunk, Bad):
             return None
-        view, spans = chunk.view(), chunk.table.sample(index)
+        view, spans = chunk.view, chunk.table.sample(index)
         members: dict[str, bytes | memoryview] = {name: view[at : at + size] for name, (at, size) in spans.items()}
         if copy:  # the buffer is used again
             members = {name: bytes(data) for name, data in members.items()}
@@ -189,7 +193,7 @@ class Reader:
                     raise DataError(f"{name} of sample {made.keys[row]} is {here.dtype} {here.shape}, of others in its "
                                     f"batch {first.dtype} {first.shape}: cache them in buckets by shape")  # fmt: skip
                 at = here.offsets[index]
-                target[row * size : (row + 1) * size] = chunk.buffer[at : at + size].data
+                target[row * size : (row + 1) * size] = chunk.view[at : at + size]
             made.arrays[name] = out
 
     def _decoded(self, made: Rows, samples: list[Sample | None], pool: ThreadPoolExecutor, decode: Decode) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from calotype.data import tar
+from calotype.data import tables, tar
 from calotype.data.shards import CHUNK
 from calotype.errors import DataError
 
@@ -170,7 +170,7 @@ class _Scanner:
                 continue
             if ran != window.end > at:  # once per window
                 ran = window.end
-                files, size = tar.run(window.view[at - window.base :], at)
+                files, size = tables.run(window.view[at - window.base :], at)
                 at += size
                 for entry in files if at <= window.size else files[:-1]:
                     self._entry(entry)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+import calotype.data.tables as tables
 import calotype.data.tar as tar
 from calotype.data.draws import Ints
 from calotype.data.manifest import ROW, Shard, canonical, columns_key, parsed, shard_of, sidecar_key
@@ -259,7 +260,7 @@ def read_sidecar(store: Store, shard: Shard) -> Sidecar:
     return Sidecar(offsets, hashes, modern, tuple(found["members"]), found["arrays"])
 
 
-def verified(where: str, shard: Shard, sidecar: Sidecar, index: int, data: tar.Bytes, have: int) -> tar.Table:
+def verified(where: str, shard: Shard, sidecar: Sidecar, index: int, data: tar.Bytes, have: int) -> tables.Table:
     """What lies where in a chunk whose first `have` bytes are in `data`, after all of it was checked.
 
     Raises:
@@ -270,7 +271,7 @@ def verified(where: str, shard: Shard, sidecar: Sidecar, index: int, data: tar.B
         raise DataError(f"{where} is cut: chunk {index} should end at byte {start + size}, has {have} of {size} bytes")
     if not sidecar.fits(index, data):
         raise DataError(f"{where} is damaged or replaced: chunk {index} (from byte {start} on) has another hash")
-    found = tar.table(data, f"{where}, chunk {index}")
+    found = tables.table(data, f"{where}, chunk {index}")
     if len(found.keys) != (expected := shard.chunk_counts()[index]):
         raise DataError(f"{where}: chunk {index} holds {len(found.keys)} samples, the manifest says {expected}")
     return found
@@ -282,7 +283,7 @@ def read_chunk(store: Store, shard: Shard, sidecar: Sidecar, index: int) -> list
     return samples_of(data, verified(store.where(shard.key), shard, sidecar, index, data, len(data)))
 
 
-def samples_of(data: tar.Bytes, table: tar.Table) -> list[Sample]:
+def samples_of(data: tar.Bytes, table: tables.Table) -> list[Sample]:
     """Samples whose members are views of the data."""
     view = memoryview(data)
     made = [Sample(key, {}) for key in table.keys]
@@ -299,7 +300,7 @@ def read_tar(store: Store, key: str) -> list[Sample]:
     where = f"{store.uri}/{key}"
     if data[-2 * tar.BLOCK :] != tar.END:
         raise DataError(f"{where} is no shard of Calotype's: delete it if no manifest names it")
-    return samples_of(data, tar.table(memoryview(data)[: -2 * tar.BLOCK], where))
+    return samples_of(data, tables.table(memoryview(data)[: -2 * tar.BLOCK], where))
 
 
 def iterate(store: Store, shards: Sequence[Shard]) -> Iterator[Sample]:

@@ -1,4 +1,4 @@
-"""Tar headers, both ways, and where the members of a run of bytes lie.  Hostile input is refused, never followed.
+"""Tar headers, both ways.  Hostile input is refused, never followed.
 
 What is read is what Python's `tarfile` reads, or a `DataError`: a tar library stops at damage without a word.
 """
@@ -8,15 +8,9 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zlib import adler32
 
-import numpy as np
-
-from calotype.data.draws import Ints
 from calotype.errors import DataError
 
 BLOCK = 512  # bytes
@@ -31,29 +25,14 @@ _ZERO = bytes(BLOCK)
 _FILE, _FOLDER, _LONG_NAME, _PAX, _PAX_GLOBAL, _SPARSE = b"0\0", b"5", b"L", b"xX", b"g", b"S"
 _META = re.compile(r"__[^/]*__(?:$|[/.])")  # what WebDataset keeps for itself
 # The header that all writers write: no prefix, no base-256 numbers.
-_USUAL = re.compile(
+USUAL = re.compile(
     rb"(.{100})(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})[\0 ]{2}([0Lxg]).{100}"
     rb"ustar.{67}(?:[0-7]{7}[\0 ]|\0{8}){2}\0.{166}",
     re.DOTALL,
 )
 _RECORD = re.compile(rb"([1-9]\d{0,7}) ([^=\n]+)=")  # of a pax header: bytes of the whole record, keyword
-_TIME = re.compile(rb"(\d\d) mtime=[\d.]+\n(?=\0*\Z)")  # the pax header that webdataset's writer gives every member
 
 Bytes = memoryview | bytes | bytearray
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where samples lie: for every member name its byte offset in the data, and its size; -1 in samples without it."""
-
-    keys: list[str]
-    members: dict[str, tuple[Ints, Ints]]  # name -> offsets (samples,), sizes (samples,)
-
-    def sample(self, index: int) -> dict[str, tuple[int, int]]:
-        """Member -> (offset, size) of one sample."""
-        here = {name: (int(at[index]), int(size[index])) for name, (at, size) in self.members.items()}
-        return {name: span for name, span in here.items() if span[0] >= 0}
 
 
 class Entry(NamedTuple):
@@ -87,159 +66,6 @@ def header(name: str, size: int) -> bytes:
 def padded(size: int) -> int:
     """Bytes that `size` bytes of data take."""
     return -(-size // BLOCK) * BLOCK
-
-
-def table(data: Bytes, where: str) -> Table:
-    """The samples of whole entries: consecutive files whose names share a key.
-
-    Raises:
-        DataError: links, devices, names that climb, cut or damaged headers, a member twice or too big; names `where`.
-    """
-    return _regular(data) or _grouped(entries(data, where), where)
-
-
-def run(data: Bytes, base: int = 0) -> tuple[list[Entry], int]:
-    """What is quickly read of the files that come first, and where the next header begins: (none, 0) is no error.
-
-    Args:
-        base: what is added to every offset of an entry.
-    """
-    blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    found = _chained(blocks, _marked(blocks))
-    if found is None:
-        return [], 0
-    names = [name.partition(b"\0")[0].decode("utf-8", "surrogateescape") for name in _names(found)]
-    starts, began = (found.marked + 1) * BLOCK + base, found.began * BLOCK + base
-    return list(map(Entry, names, starts.tolist(), found.sizes.tolist(), began.tolist())), found.end * BLOCK
-
-
-# ------------------------------------------------------------------------------------------------ the fast way
-
-
-def _regular(data: Bytes) -> Table | None:
-    """As `table`, in whole-array steps, where all samples have the members of the first and usual headers; else None.
-
-    A pax header before a file may hold its time and nothing else.
-    """
-    if not len(data) or len(data) % BLOCK:
-        return None
-    blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK)
-    found = _chained(blocks, _strided(blocks))
-    if found is None or found.end != len(blocks):
-        found = _chained(blocks, _marked(blocks))
-    if found is None or found.end != len(blocks):
-        return None
-    names, starts, sizes = _names(found), (found.marked + 1) * BLOCK, found.sizes
-    key, dot, _ = names[0].partition(b".")
-    width = next((i for i, name in enumerate(names) if not name.startswith(key + dot)), len(names))
-    suffixes = [name[len(key) :] for name in names[:width]]
-    keys = [name[: -len(suffixes[0])] for name in names[::width]]
-    lines, ends = b"\n".join([b"", *keys, b""]), b"".join(suffixes)
-    odd = any(mark in lines for mark in (b".", b"//", b"\n/", b"/\n", b"\n\n", b"\n__", b"\\", b"\0"))
-    odd = odd or lines.count(b"\n") > len(keys) + 1 or any(mark in ends for mark in (b"/", b"\\", b"\0"))
-    if odd or not dot or len(names) % width or width > MAX_MEMBERS or len(set(suffixes)) < width:
-        return None
-    if any(names[i::width] != [one + suffix for one in keys] for i, suffix in enumerate(suffixes)):
-        return None
-    if any(one == other for one, other in pairwise(keys)):
-        return None
-    try:
-        texts = [one.decode() for one in keys]
-        members = {s[1:].decode(): (starts[i::width], sizes[i::width]) for i, s in enumerate(suffixes)}
-    except UnicodeDecodeError:
-        return None
-    return Table(texts, members) if all(name and name == name.lower() for name in members) else None
-
-
-def _names(chain: _Chain) -> list[bytes]:
-    return np.ascontiguousarray(chain.heads[:, :100]).view("S100")[:, 0].tolist()
-
-
-def _strided(blocks: Array) -> Ints:
-    """Where headers would be if all samples were as long as the first: most are, and no other block is looked at."""
-    heads, at, key = [0], 0, b""
-    while at < len(blocks):
-        head = blocks[at].tobytes()
-        here = key if head[156:157] == b"x" else head[:100].partition(b".")[0]
-        if head[257:262] != b"ustar" or (key and here != key) or len(heads) > 2 * MAX_MEMBERS:
-            break
-        key = here
-        with suppress(ValueError):
-            at += 1 + padded(int(head[124:135], 8)) // BLOCK
-            heads.append(at)
-            continue
-        break
-    if len(heads) > 2 and at < len(blocks) and blocks[heads[-2], 156] == ord("x"):
-        heads.pop()  # the extended header belongs to the next sample
-    within, stride = np.array(heads[:-1] or [0]), max(heads[-1], 1)
-    return (np.arange(0, len(blocks), stride)[:, None] + within).reshape(-1)
-
-
-def _marked(blocks: Array) -> Ints:
-    """Blocks that look like headers."""
-    found = np.flatnonzero(blocks[:, 257] == ord("u"))
-    return found[(blocks[found, 257:262] == _USTAR).all(1)]
-
-
-class _Chain(NamedTuple):
-    """Files with usual headers, one after the other."""
-
-    marked: Ints  # blocks of their headers
-    heads: Array  # (files, 512)
-    sizes: Ints
-    began: Ints  # blocks of their first headers, extended ones included
-    end: int  # block behind the last one's data
-
-
-def _chained(blocks: Array, marked: Ints) -> _Chain | None:
-    """The longest run of files from the first block on, if `marked` names all headers of it in order."""
-    if not len(marked) or marked[0] != 0 or marked[-1] >= len(blocks):
-        return None
-    heads = blocks[marked]
-    numbers, devices = heads[:, 100:156], heads[:, 329:345]
-    octal = (numbers & 7).astype(np.float64)  # exact, and faster than integers
-    sizes = (octal[:, 24:35] @ _OCTAL).astype(np.int64)
-    following = marked + 1 + (sizes + BLOCK - 1) // BLOCK
-    good = (numbers & _MASK == _WANT).all(1) & (devices == devices[0]).all(1) & (sizes <= MAX_MEMBER)
-    good &= (heads[:, 257:262] == _USTAR).all(1) & (heads[:, 345] == 0) & (devices[0].tobytes() in _DEVICES)
-    good &= _checksums(heads) == octal[:, 48:54] @ _OCTAL[-6:]
-    files, extended = heads[:, 156] == ord("0"), heads[:, 156] == ord("x")
-    good &= files | extended
-    good[1:] &= following[:-1] == marked[1:]
-    good[:-1] &= files[:-1] | files[1:]  # one extended header, and then its file
-    count = len(good) if good.all() else int(good.argmin())
-    for index in np.flatnonzero(extended[:count]).tolist():
-        at, size = marked[index] + 1, int(sizes[index])
-        time = _TIME.match(blocks[at].tobytes()) if at < len(blocks) else None
-        if time is None or not int(time[1]) == size == len(time[0]):
-            count = index
-            break
-    count -= int(count > 0 and extended[count - 1])
-    if not count:
-        return None
-    files = files[:count]
-    began = marked[:count] - np.concatenate([[False], extended[: count - 1]]) * 2  # a time's header takes two blocks
-    mine = marked[:count][files]
-    return _Chain(mine, heads[:count][files], sizes[:count][files], began[files], int(following[count - 1]))
-
-
-_USTAR = np.frombuffer(b"ustar", np.uint8)
-_OCTAL = 8.0 ** np.arange(10, -1, -1)
-# Bytes 100 to 156, six numbers: octal digits are 0x30 to 0x37; what ends a number is NUL or a blank.
-_DIGIT = np.array([size - 1 > at for size in (8, 8, 8, 12, 12) for at in range(size)] + [True] * 6 + [False] * 2)
-_MASK, _WANT = np.where(_DIGIT, 0xF8, 0xDF).astype(np.uint8), np.where(_DIGIT, 0x30, 0).astype(np.uint8)
-_DEVICES = (bytes(16), b"0000000\0" * 2, b"0000000 " * 2, b"000000 \0" * 2)  # major and minor number
-_BYTES = np.uint64(0x00FF00FF00FF00FF)
-
-
-def _checksums(heads: Array) -> Ints:
-    """Sums of the bytes of headers (n, 512), their checksum's own field counted as blanks."""
-    words = heads.view(np.uint64)
-    lanes = ((words & _BYTES) + (words >> np.uint64(8) & _BYTES)).sum(1).view(np.uint16).reshape(-1, 4)
-    return lanes.sum(1, dtype=np.int64) - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-
-
-# ------------------------------------------------------------------------------------------------ the careful way
 
 
 def entries(data: Bytes, where: str, base: int = 0) -> Iterator[Entry]:
@@ -302,7 +128,7 @@ def parse(head: bytes, where: str) -> tuple[str, int, bytes]:
     Raises:
         DataError: it is none, by its checksum, or its member is bigger than MAX_MEMBER.
     """
-    if usual := _USUAL.fullmatch(head):
+    if usual := USUAL.fullmatch(head):
         total = (adler32(head[:256]) & 0xFFFF) + (adler32(head[256:]) & 0xFFFF) - 2  # of so few bytes a plain sum
         size = int(usual[2], 8)
         if total - sum(head[148:156]) + 8 * ord(" ") == int(usual[3], 8) and size <= MAX_MEMBER:
@@ -346,34 +172,6 @@ def _records(data: bytes, size: int, where: str) -> dict[bytes, bytes]:
     if data.count(0, size) < len(data) - size:
         raise DataError(f"{where}: a pax header is damaged: it goes on behind its {size} bytes")
     return found
-
-
-def _grouped(files: Iterator[Entry], where: str) -> Table:
-    keys: list[str] = []
-    found: dict[str, tuple[list[int], list[int], list[int]]] = {}  # member -> samples, offsets, sizes
-    members = 0
-    for file in files:
-        key, member = split_name(file.name, f"{where}, byte {file.header}")
-        if not member:
-            continue
-        if not keys or keys[-1] != key:
-            keys.append(key)
-            members = 0
-        members += 1
-        column = found.get(member)
-        if column is None:
-            column = found[member] = ([], [], [])
-        if (column[0] and column[0][-1] == len(keys) - 1) or members > MAX_MEMBERS or len(found) > MAX_KINDS:
-            what = f"sample {key!r} has {member!r} twice, or more than {MAX_MEMBERS} members"
-            raise DataError(f"{where}, byte {file.header}: {what}, or samples have more than {MAX_KINDS} kinds of them")
-        for part, value in zip(column, (len(keys) - 1, file.start, file.size)):
-            part.append(value)
-    made: dict[str, tuple[Ints, Ints]] = {}
-    for name in sorted(found):
-        rows, offsets, sizes = found[name]
-        made[name] = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
-        made[name][0][rows], made[name][1][rows] = offsets, sizes
-    return Table(keys, made)
 
 
 def split_name(name: str, where: str) -> tuple[str, str]:
