@@ -1,7 +1,7 @@
 # Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
 # Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale chaos clean
+.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale peers chaos clean
 PY := .venv/bin/python
 
 help: ## this list
@@ -49,7 +49,11 @@ bench-overhead: install ## step and start times against bare PyTorch and bare Ra
 bench-paper: install ## latent against pixel space at equal compute, three seeds
 	@$(PY) tests/bench/paper.py
 
-bench-stream: install ## the reader against webdataset, litdata, mosaicml-streaming, spdl + obstore where installed
+peers: install ## .venv-peers, with the readers that bench-stream compares with
+	@$(PY) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --requirement tests/bench/peers.txt
+
+bench-stream: install ## the reader against webdataset, and against litdata, mosaicml-streaming, spdl + obstore after make peers
 	@$(PY) tests/bench/stream.py
 
 bench-scale: install ## the order at 10^9 samples and 4,096 ranks: seconds, memory, GETs, dollars

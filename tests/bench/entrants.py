@@ -18,7 +18,7 @@ from samples import KINDS, decode, decoded
 
 BATCH = 64
 MIB = 2**20
-MEMORY, LANES = 256 * MIB, 8  # calotype's budget, and places of the epoch that a batch is drawn from
+MEMORY, LANES = 256 * MIB, 8  # calotype's budget per process, and the places of the epoch that a batch is drawn from
 
 
 @dataclass
@@ -65,7 +65,9 @@ def calotype(spec: Spec, state: Any) -> tuple[Batches, State]:
 
     store = open_store(f"s3://{spec.bucket}/tar")
     shards = Manifest.from_bytes(store.read("manifest.json")).shards
-    reading = Reading(memory=MEMORY, workers=spec.workers, readers=spec.connections // max(1, spec.workers))
+    reading = Reading(
+        memory=MEMORY * (1 + spec.workers), workers=spec.workers, readers=spec.connections // max(1, spec.workers)
+    )
     how: dict[str, Any] = {"arrays": tuple(KINDS[spec.kind].arrays)} if spec.kind != "jpeg" else {"decode": decoded}
     stream = Stream(Dataset(store, shards), seed=0, batch=BATCH, lanes=LANES, reading=reading, **how)
     if state is not None:

@@ -20,6 +20,7 @@ class Kind:
 
     about: str
     arrays: dict[str, tuple[str, tuple[int, ...]]]
+    part: float = 1.0  # of the gigabytes asked for: where samples are small, a gigabyte takes long
 
     @property
     def bytes(self) -> int:
@@ -33,8 +34,9 @@ class Kind:
         batch of one worker."""
         if not self.arrays:
             return 4, min(PICTURES, max(512, int(gigabytes * 4 * PICTURES) // 512 * 512)) // 4
-        shards = max(4, round(gigabytes * 1e9 / SHARD / 2) * 2)
-        return shards, max(1, round(gigabytes * 1e9 / self.bytes / shards / 64)) * 64
+        size = gigabytes * 1e9 * self.part
+        shards = max(4, round(size / SHARD / 2) * 2)
+        return shards, max(1, round(size / self.bytes / shards / 64)) * 64
 
 
 KINDS = {
@@ -45,6 +47,7 @@ KINDS = {
     "tokens": Kind(
         "8 KB latents (1,4,32,32) float16, 77 int64 tokens, json",
         {"latent": ("float16", (1, 4, 32, 32)), "text": ("int64", (77,))},
+        0.25,
     ),
     "jpeg": Kind(f"photographs of 256-512 px, JPEG quality 85, and text, decoded to uint8 (3,{EDGE},{EDGE})", {}),
 }

@@ -1,6 +1,6 @@
 """The stream beside other readers of training data in S3: speed, CPU, memory, gaps, start and resume.
 
-    python tests/bench/stream.py [--peers-python PYTHON] [--rounds 3] [--gigabytes 1] [--entrants NAME ...] [--quick]
+    python tests/bench/stream.py [--peers-python PYTHON] [--rounds 3] [--gigabytes 2] [--entrants NAME ...] [--quick]
 
 The same samples lie in S3 in each reader's own format.  A run is one epoch in a fresh process with cold caches, in
 batches of 64 stacked tensors; the entrants take turns within a round, so that the machine's drift falls on all alike;
@@ -47,7 +47,7 @@ ROUTES: dict[str, dict[str, float]] = {"capped": {"rate": 90e6, "delay": 0.030},
 LIMITS = [(name, connections) for name in ("limit-obstore", "limit-http") for connections in (4, 8, 16)]
 OURS = ("calotype", "webdataset", "limit-http", "pool")  # the others' libraries live in an environment of their own
 READERS = ("calotype", "webdataset", "mosaicml", "litdata", "spdl", "limit")
-PEERS = "torch==2.13.0 torchvision==0.28.0 mosaicml-streaming==0.13.0 litdata==0.2.76 spdl-io==0.8.0 obstore==0.12.1"
+PEERS = ROOT / ".venv-peers" / "bin" / "python"  # `make peers` makes it
 TIMEOUT = 600.0  # seconds of one run
 PATIENCE = 5.0  # seconds to wait for a quiet machine before a run
 SAMPLED = 0.2  # seconds between two looks at memory
@@ -294,9 +294,10 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES))
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2], help="loader processes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of tensors, per kind")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of tensors, of the first kind")
     parser.add_argument("--quick", action="store_true", help="one round of 0.1 GB")
-    parser.add_argument("--peers-python", default=sys.executable, help=f"an interpreter that has {PEERS}")
+    peers = str(PEERS if PEERS.exists() else sys.executable)
+    parser.add_argument("--peers-python", default=peers, help="an interpreter that has what peers.txt names")
     parser.add_argument("--json", type=Path, help="a file for every run's figures")
     options = parser.parse_args()
     if options.quick:
@@ -316,7 +317,7 @@ def main() -> None:
     for name, why in missing.items():
         log(f"without {name}: {why}")
     if missing:
-        log(f"to have them: python3.11 -m venv peers && peers/bin/pip install {PEERS}; --peers-python peers/bin/python")
+        log("to have them: make peers")
     runs: list[dict[str, Any]] = []
     try:
         for kind in options.kinds:

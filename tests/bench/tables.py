@@ -129,5 +129,5 @@ def _goals(
     if "resume" in ours:
         share = ours["resume"] / ours["first"]
         yield "resume at 50% of time to first batch", "<= 1.2", share, share <= 1.2
-    used = (ours["peak"] - ours["base"]) * 1e6 / memory
+    used = (ours["peak"] - ours["base"]) * 1e6 / (memory * (1 + workers))
     yield "memory of the budget", "<= 1", used, used <= 1

@@ -91,8 +91,9 @@ def test_files_too_big_for_one_put_are_published_in_parts(
     path.write_bytes(os.urandom(20 * MIB))
     assert store.publish("big", path)
     assert store.read("big") == path.read_bytes()
-    assert not store._publish_parts("big", path)  # type: ignore[attr-defined]
-    assert not rooms._client().list_multipart_uploads(Bucket=store.bucket).get("Uploads")  # type: ignore[attr-defined]
+    bucket, name = store.bucket, store._name("big")  # type: ignore[attr-defined]
+    assert not store._publish_parts(name, path)  # type: ignore[attr-defined]
+    assert not rooms._client().list_multipart_uploads(Bucket=bucket, Prefix=name).get("Uploads")
 
 
 KILLED = """

@@ -230,7 +230,7 @@ def test_a_rank_reads_its_share_once_in_bounded_memory(tmp_path: Path, world: in
     for rank in range(world):
         READS.clear()
         order = {"seed": 0, "batch": BATCH, "lanes": 8, "window": 40, "rank": rank, "world": world}
-        with closing(Stream(Dataset(store, shards), reading=Reading(memory=memory), **order)) as stream:
+        with closing(Stream(Dataset(store, shards), reading=Reading(memory=memory * 4 // 3), **order)) as stream:
             for _ in islice(stream, steps - 28):  # what is read ahead must not reach the next epoch
                 pass
             time.sleep(0.2)
@@ -251,7 +251,9 @@ def test_memory_is_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.Mo
         return made(self, step, chunks, pool)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Reader, "_made", watched)
-    stream = Stream(Dataset(store, [row]), seed=0, batch=16, lanes=8, window=20, reading=Reading(memory=budget))
+    stream = Stream(
+        Dataset(store, [row]), seed=0, batch=16, lanes=8, window=20, reading=Reading(memory=budget * 4 // 3)
+    )
     with closing(stream):
         for _ in islice(stream, 200):
             pass

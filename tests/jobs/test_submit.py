@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from calotype import cli
+from calotype.data.store import open_store
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -210,6 +211,27 @@ def test_webdataset_alone_reads_what_was_written(root: str, tmp_path: Path) -> N
                     assert "png" in sample or sample["latent.npy"].shape == (2, 4, 16, 16)
                     count[kind] += 1
     assert count == {"datasets": IMAGES, "latents": IMAGES}
+
+
+def test_a_damaged_cache_stops_training_or_is_left_out_within_the_budget(line: dict[str, list[str]], root: str) -> None:
+    store = open_store(root)
+    key = next(e.key for e in store.list("latents") if e.key.endswith(".tar"))
+    sound = store.read(key)
+    damaged = bytearray(sound)
+    damaged[len(sound) // 2] ^= 1
+    words = [*line["train_denoiser"], "cluster=local", "cluster.workers=1", "track=none", "stream.on_error=quarantine"]
+    store.write(key, bytes(damaged))
+    try:
+        out = calotype(*words, "name=strict", "train.seed=1", "stream.on_error=strict", fails=True)
+        assert re.search(rf"{key} is damaged or replaced: chunk \d+", out)
+        out = calotype(*words, "name=over", "train.seed=2", "stream.error_budget=1", fails=True)
+        assert re.search(r"samples (had to be|were) left out, more than stream\.error_budget=1", out)
+        calotype(*words, "name=within", "train.seed=3", f"stream.error_budget={IMAGES}")
+    finally:
+        store.write(key, sound)
+    shown = json.loads(calotype("runs", "show", "within", "--json", "--root", root))
+    run = next(run for run in shown["runs"] if run["job"] == "train_denoiser")
+    assert 0 < run["result"]["left_out"] < IMAGES
 
 
 def test_export_makes_a_pipeline(root: str, tmp_path: Path) -> None:

@@ -27,11 +27,13 @@ from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
 from calotype.data.store import Missing, Store
 from calotype.data.tables import Table
 from calotype.data.tar import BLOCK
+from calotype.data.threads import cores
 from calotype.errors import CalotypeError, DataError
 
 log = logging.getLogger(__name__)
 
 SIDECARS = 4096  # kept by one process
+BESIDE = 96 * 2**20  # bytes of a process that are no chunks: libraries, tables, batches on their way
 GRAIN = 2**16  # bytes by which buffers differ, so that they fit again
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -41,7 +43,8 @@ class Reading:
     """How a stream reads.  None of it changes what it reads.
 
     Attributes:
-        memory: bytes of chunks that one process holds.
+        memory: bytes that reading takes, in all of its processes: chunks, read ahead as far as it goes, and beside them
+            a quarter, at most BESIDE per process, for all else.
         readers: parallel range GETs of one process.
         workers: loader processes beside the caller's; 0 reads in threads of the caller's.
         decoders: threads that decode, of the caller's process; 0 for as many as it has cores.
@@ -59,6 +62,11 @@ class Reading:
     error_budget: int = 0
     cache: str = ""
     cache_bytes: int = 50 * 10**9
+
+    @property
+    def for_chunks(self) -> int:
+        """Bytes, in a process that shares `memory` with no other."""
+        return self.memory - min(self.memory // 4, BESIDE)
 
 
 @dataclass(frozen=True)
@@ -120,16 +128,18 @@ class Chunks:
         self._held: dict[int, _Held] = {}
         self._ends: list[tuple[int, int]] = []  # heap of (last use, chunk)
         self._spare: OrderedDict[int, _Held] = OrderedDict()  # not needed any more in this epoch; while there is room
-        self._buffers = _Buffers(reading.memory)
+        self._buffers = _Buffers(reading.for_chunks)
         self._sidecars: OrderedDict[tuple[int, int], Future[Sidecar]] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(reading.readers, thread_name_prefix="chunk")
+        # Chunks that came together are verified in turn: all at once, all would be late, and batches come in bursts.
+        self._turn = threading.Semaphore(cores())
         self._disk = Disk(Path(reading.cache).expanduser(), reading.cache_bytes) if reading.cache else None
         self.used = 0  # bytes of chunks asked for or held
 
     @property
     def full(self) -> bool:
-        return self.used >= self._reading.memory
+        return self.used >= self._reading.for_chunks
 
     def request(self, uses: Sequence[tuple[int, int, int, int]]) -> None:
         """Ask for chunks, in the order in which they are needed.  `uses`: distinct (chunk, pool, epoch, place)."""
@@ -167,7 +177,7 @@ class Chunks:
 
     def _fetched(self, chunk: int) -> _Held:
         size = self._size(chunk)
-        while self._spare and self.used + size > self._reading.memory:
+        while self._spare and self.used + size > self._reading.for_chunks:
             self._drop(self._spare.popitem(last=False)[1])
         self.used += size
         return _Held(self._pool.submit(self._fetch, chunk), size, (-1, 0))
@@ -208,19 +218,24 @@ class Chunks:
         view = buffer.data[:size]
         where = f"{store.uri}/{shard.key}"
         table = None
+
+        def checked(have: int) -> Table:
+            with self._turn:
+                return verified(where, shard, sidecar, index, view, have)
+
         if self._disk is not None and self._disk.read(sidecar.hashes[index], view):
             try:
-                table = verified(where, shard, sidecar, index, view, size)
+                table = checked(size)
             except DataError:
                 self._disk.discard(sidecar.hashes[index])
         if table is None:
             try:
-                table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
+                table = checked(store.read_into(shard.key, start, view))
             except Missing:
                 raise
             except DataError as error:  # damaged on the way, or where it lies?
                 log.warning("%s; it is read once more", error)
-                table = verified(where, shard, sidecar, index, view, store.read_into(shard.key, start, view))
+                table = checked(store.read_into(shard.key, start, view))
             if self._disk is not None:
                 self._disk.write(sidecar.hashes[index], view)
         return Chunk(

@@ -229,9 +229,9 @@ def _check_memory(
             for dataset in datasets]  # fmt: skip
     need = lanes * sum(held) // len(held)
     whole = sum(shard.bytes for dataset in datasets for shard in dataset.shards)
-    if min(need, whole) > reading.memory:
+    if min(need, whole) > reading.for_chunks:
+        room = f"stream.memory_mb={reading.memory / 2**20:.3g} has room for {reading.for_chunks / 2**20:.3g}"
         raise ConfigError(
-            f"the lanes of one worker hold up to {min(need, whole) / 2**20:.3g} MiB of chunks at once, more than "
-            f"stream.memory_mb={reading.memory / 2**20:.3g}: raise it, or lower train.window={order.window} or "
-            f"train.lanes={order.lanes or order.batch}"
+            f"the lanes of one worker hold up to {min(need, whole) / 2**20:.3g} MiB of chunks at once, {room}: "
+            f"raise it, or lower train.window={order.window} or train.lanes={order.lanes or order.batch}"
         )
