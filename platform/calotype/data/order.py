@@ -114,14 +114,13 @@ class Order:
 
     def _find(self, at: _Epoch, line: Ints) -> tuple[Ints, Ints]:
         """Place of the chunk that holds each index of the line, and where that chunk begins."""
-        block = np.searchsorted(at.starts, line, side="right") - 1
-        places = block[:, None] * BLOCK + np.arange(BLOCK)
+        blocks = np.unique(np.searchsorted(at.starts, line, side="right") - 1)
+        places = blocks[:, None] * BLOCK + np.arange(BLOCK)  # of few blocks: neighbours on the line are neighbours here
         counts = self.counts[at.chunks[np.minimum(places, len(at.chunks) - 1)]]
-        ends = at.starts[block][:, None] + np.cumsum(np.where(places < len(at.chunks), counts, 0), 1, dtype=np.int64)
-        inside = (ends <= line[:, None]).sum(1)
-        found = block * BLOCK + inside
-        rows = np.arange(len(line))
-        return found, ends[rows, inside] - counts[rows, inside]
+        counts[places >= len(at.chunks)] = 0
+        ends = (at.starts[blocks][:, None] + np.cumsum(counts, 1, dtype=np.int64)).reshape(-1)  # never falling
+        found = np.searchsorted(ends, line, side="right")
+        return places.reshape(-1)[found], ends[found] - counts.reshape(-1)[found]
 
     # With y = o + i, o = eN mod B, slot(y) = y mod B.  The number of y in [0, x) with slot < t is
     # below(x, t) = floor(x / B) t + min(x mod B, t); everything else is differences of it.
