@@ -14,9 +14,9 @@ together), until PATIENCE seconds have passed without a byte.
 
 from __future__ import annotations
 
-import http.client
 import logging
 import random
+import re
 import socket
 import ssl
 import struct
@@ -24,7 +24,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from calotype.errors import CalotypeError, Unreachable
@@ -37,6 +39,8 @@ PATIENCE = 120.0  # seconds without a byte after which the object cannot be had
 PAUSES = (0.1, 10.0)  # seconds: the first, and the longest
 SIGNED = 1800.0  # seconds for which a signed URL is used
 REMEMBERED = 4096  # signed URLs
+EXPLAINED = 4096  # bytes read of an answer that is no data
+MAX_HEAD = 2**16  # bytes
 AGAIN = (429, 500, 502, 503, 504)
 
 
@@ -121,66 +125,79 @@ class Getter:
     def _once(self, key: str, start: int, buffer: memoryview, have: int) -> tuple[int, bool]:
         """(bytes in the buffer, whether more should have come)."""
         counts.requests += 1
-        before = have
         try:
-            connection, target = self._connected(key)
-            connection.request("GET", target, headers={"Range": f"bytes={start + have}-{start + len(buffer) - 1}"})
-            response = connection.getresponse()
-            if response.status not in (200, 206):
-                return self._unhappy(response, have)
-            if response.status == 200 and start + have:
+            sock, target, host = self._connected(key)
+            span = f"bytes={start + have}-{start + len(buffer) - 1}"
+            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nRange: {span}\r\n\r\n".encode())
+            head, early = _head(sock)
+            if head.status not in (200, 206):
+                return self._unhappy(sock, head, early, have)
+            if head.status == 200 and start + have:
                 raise Refused("200: the server ignores ranges")
-            promised = response.length if response.length is not None else len(buffer) - have
-            until = have + min(promised, len(buffer) - have)
+            if head.length is None:
+                raise Refused(f"{head.status}: the server does not say how long its answers are")
+            until = have + min(head.length, len(buffer) - have)
+            if head.closes or head.length > until - have:  # more comes than was asked for
+                self._mine.connection = None
+            if until - have < len(early):
+                early = early[: until - have]
+            buffer[have : have + len(early)] = early
+            have += len(early)
             while have < until:
-                got = _received(connection, response, buffer[have:until], first=have == before)
+                # In one call where that can be: each gives up the interpreter's lock, and must win it again from
+                # threads that hold it for up to 5 ms.  TLS comes in records of 16 KiB anyway.
+                got = sock.recv_into(buffer[have:until], 0, 0 if self._context else socket.MSG_WAITALL)
                 if not got:
                     return have, True
                 have += got
-            if response.fp is not None and promised == until - before:
-                response.close()  # all of it was read: the connection serves the next request
-            elif not response.isclosed():  # more came than was asked for
-                self.close()
             return have, False
         except BlockingIOError as error:
             raise _Broken(have, f"no byte for {STALL:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             raise _Broken(have, f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        except _Garbled as error:
+            raise _Broken(have, str(error)) from error
 
-    def _unhappy(self, response: http.client.HTTPResponse, have: int) -> tuple[int, bool]:
-        body = response.read(4096).decode(errors="replace")
-        if not response.isclosed():
-            self.close()
-        if response.status == 416:  # begins at or behind the end
+    def _unhappy(self, sock: socket.socket, head: _Head, early: bytes, have: int) -> tuple[int, bool]:
+        """An answer that is no data; its connection is not used again."""
+        body = bytearray(early)
+        most = EXPLAINED if head.length is None else min(head.length, EXPLAINED)
+        with suppress(OSError):  # what it says is not worth a failure of its own
+            while (
+                len(body) < most and not body.endswith((b"</Error>", b"0\r\n\r\n")) and (more := sock.recv(EXPLAINED))
+            ):
+                body += more
+        self.close()
+        if head.status == 416:  # begins at or behind the end
             return have, False
-        code = body.partition("<Code>")[2].partition("</Code>")[0]
-        said = f"{response.status} {code or response.reason}"
-        if response.status == 404:
+        code = body.decode(errors="replace").partition("<Code>")[2].partition("</Code>")[0]
+        said = f"{head.status} {code or head.reason}"
+        if head.status == 404:
             raise Gone(said)
-        if response.status in AGAIN:
+        if head.status in AGAIN:
             raise _Broken(have, said)
         raise Refused(said)
 
-    def _connected(self, key: str) -> tuple[http.client.HTTPConnection, str]:
+    def _connected(self, key: str) -> tuple[socket.socket, str, str]:
+        """This thread's connection to the key's server, the key's target there, the server's name."""
         parts = urlsplit(self._url(key))
         place = (parts.scheme, parts.netloc)
         old = getattr(self._mine, "connection", None)
         if old is None or old[0] != place:
             self.close()
-            made = (
-                http.client.HTTPSConnection(parts.netloc, timeout=CONNECT, context=self._context)
-                if parts.scheme == "https"
-                else http.client.HTTPConnection(parts.netloc, timeout=CONNECT)
-            )
-            made.connect()
-            if parts.scheme == "https":
-                made.sock.settimeout(STALL)
+            secure = parts.scheme == "https"
+            made = socket.create_connection((parts.hostname, parts.port or (443 if secure else 80)), CONNECT)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if secure:
+                assert self._context is not None
+                made = self._context.wrap_socket(made, server_hostname=parts.hostname)
+                made.settimeout(STALL)
             else:  # the kernel's own limit, so that one call may wait for a whole chunk
-                made.sock.settimeout(None)
+                made.settimeout(None)
                 limit = struct.pack("ll", int(STALL), int(STALL % 1 * 1e6))
-                made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             self._mine.connection = old = (place, made)
-        return old[1], f"{parts.path}?{parts.query}"
+        return old[1], f"{parts.path}?{parts.query}", parts.netloc
 
     def _url(self, key: str) -> str:
         now = time.monotonic()
@@ -197,16 +214,50 @@ class Getter:
             self._urls.pop(key, None)
 
 
-def _received(
-    connection: http.client.HTTPConnection, response: http.client.HTTPResponse, buffer: memoryview, first: bool
-) -> int:
-    """Some of the body, in as few calls as can be: each gives up the interpreter's lock, and must win it again from
-    threads that hold it for up to 5 ms.  0 at its end."""
-    if connection.sock is None or hasattr(connection.sock, "cipher"):  # TLS comes in records of 16 KiB anyway
-        return response.readinto(buffer)
-    if first:  # what came with the head, and lies in the response's own buffer
-        return response.readinto(buffer[: len(response.fp.peek())])
-    return connection.sock.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
+class _Head(NamedTuple):
+    """Of an answer: what a reader of ranges needs to know of it."""
+
+    status: int
+    reason: str
+    length: int | None  # of its body; None if it is not said, or comes in pieces
+    closes: bool
+
+
+def _head(sock: socket.socket) -> tuple[_Head, bytes]:
+    """The head of the next answer, and what came with it of the body.  http.client's takes as long as a chunk takes to
+    be copied, and holds the interpreter's lock meanwhile.
+
+    Raises:
+        _Garbled: it is none.
+    """
+    data = b""
+    while True:
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if end:
+            first = _FIRST.match(head)
+            if first is None:
+                raise _Garbled(f"the answer is not HTTP: {data[:40]!r}")
+            if first[2].startswith(b"1"):  # 100 Continue: the answer follows
+                data = rest
+                continue
+            length = _LENGTH.search(head) if not _PIECES.search(head) else None
+            closes = first[1] == b"1.0" or _CLOSES.search(head) is not None
+            reason = first[3].decode("latin-1").strip()
+            return _Head(int(first[2]), reason, int(length[1]) if length else None, closes), rest
+        more = sock.recv(EXPLAINED)
+        if not more or len(data) > MAX_HEAD:
+            raise _Garbled("it closed the connection" if not more else "the head of the answer does not end")
+        data += more
+
+
+_FIRST = re.compile(rb"HTTP/(1\.[01]) (\d{3})([^\r\n]*)")
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*(?=\r\n|$)")
+_PIECES = re.compile(rb"(?i)\r\ntransfer-encoding:")
+_CLOSES = re.compile(rb"(?i)\r\nconnection:[ \t]*close")
+
+
+class _Garbled(Exception):
+    """What came is no answer."""
 
 
 class _Broken(Exception):
