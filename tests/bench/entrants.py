@@ -69,20 +69,13 @@ def calotype(spec: Spec, state: Any) -> tuple[Batches, State]:
         memory=MEMORY * (1 + spec.workers), workers=spec.workers, readers=spec.connections // max(1, spec.workers)
     )
     how: dict[str, Any] = {"arrays": tuple(KINDS[spec.kind].arrays)} if spec.kind != "jpeg" else {"decode": decoded}
-    stream = Stream(Dataset(store, shards), seed=0, batch=BATCH, lanes=LANES, reading=reading, **how)
+    stream = Stream(
+        Dataset(store, shards), seed=0, batch=BATCH, lanes=LANES, until=spec.samples, reading=reading, **how
+    )
     if state is not None:
         stream.load_state_dict(state)
 
-    def batches() -> Batches:
-        left = -(-spec.samples // BATCH)
-        for batch in stream:
-            yield {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
-            left -= 1
-            if not left:
-                break
-        stream.close()
-
-    return batches(), stream.state_dict
+    return ({name: torch.from_numpy(array) for name, array in b.arrays.items()} for b in stream), stream.state_dict
 
 
 def webdataset(spec: Spec, state: Any) -> tuple[Batches, None]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 EDGE = 256  # pixels of a decoded picture
-SHARD = 64_000_000  # bytes of tensors in a shard, about
+SHARD = 250_000_000  # bytes of tensors in a shard, about
 PICTURES = 4096  # in all, at most
 
 

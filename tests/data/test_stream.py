@@ -240,6 +240,21 @@ def test_a_rank_reads_its_share_once_in_bounded_memory(tmp_path: Path, world: in
         assert sum(key.endswith("json") for key, _, _ in READS) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_end_is_kept_and_nothing_behind_it_is_read(written: tuple[Counting, list[Shard]], workers: int) -> None:
+    store, shards = written
+    total = sum(shard.samples for shard in shards)
+    until = total // 3
+    READS.clear()
+    order = {"seed": 0, "batch": BATCH, "lanes": 4, "window": 16, "until": until}
+    stream = Stream(Dataset(store, shards), **order, reading=Reading(workers=workers))
+    steps = [batch.step for batch in stream]
+    assert steps == list(range(-(-until // BATCH)))
+    assert list(stream) == []
+    assert sum(size for key, _, size in READS if key.endswith(".tar")) < 0.8 * sum(shard.bytes for shard in shards)
+    assert [batch.step for batch in stream.at(BATCH)] == steps[1:]
+
+
 def test_memory_is_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
     row = write_shard(store, "x.tar", [Sample(str(i), {"bin": bytes(3000)}) for i in range(2000)], 10)

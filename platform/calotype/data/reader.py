@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Order:
-    """What decides which samples come when."""
+    """What decides which samples come when, and where they end."""
 
     seed: int
     batch: int
     lanes: int = 0
     window: int = 128
+    until: int = 0  # the global position before which the last batch begins; 0: there is none
 
 
 @dataclass
@@ -95,7 +97,7 @@ class Reader:
         _check_memory(datasets, order, slots, reading, self.schedule)
 
     def rows(self, position: int, every: int = 1, first: int = 0) -> Iterator[Rows]:
-        """From `position` on, for ever; closing the iterator ends its threads.
+        """From `position` on; closing the iterator ends its threads.
 
         Args:
             every, first: of so many steps only the one with this number.
@@ -109,11 +111,15 @@ class Reader:
         try:
             start = position // self._order.batch + first
             steps, planned = self._steps(start, every), deque[_Step]()
+            behind = -(-self._order.until // self._order.batch) or math.inf  # a step that is not taken
             while True:
-                while not planned or (len(planned) < AHEAD and not chunks.full):
+                while start < behind and (not planned or (len(planned) < AHEAD and not chunks.full)):
                     step, uses = next(steps)
                     chunks.request(uses)
                     planned.append(step)
+                    start += every
+                if not planned:
+                    return
                 now = planned.popleft()
                 made = self._made(now, chunks, pool)
                 chunks.release((now.step + 1) * self._order.batch)

@@ -67,7 +67,7 @@ class Batch:
 
 
 class Stream(Iterable[Batch]):
-    """One rank's batches, for ever: `for batch in stream`.
+    """One rank's batches, for ever or to an end: `for batch in stream`.
 
     It reads ahead in threads, or in `reading.workers` processes of its own, each of which makes part of the rows of
     every batch, so that no chunk is read twice.  In a torch `DataLoader` (`batch_size=None`) with worker processes,
@@ -78,6 +78,7 @@ class Stream(Iterable[Batch]):
         seed: of the order; any integer.
         batch: global batch, in samples over all ranks.
         lanes, window: see order.py; what they cost is memory.
+        until: global position before which the last batch begins: nothing is read for what follows.  0: there is none.
         rank, world: of this process; `world` need not divide `batch`.
         arrays: `.npy` members to stack: {"latent": (n, ...)} for ("latent",).
         decode: sample -> arrays of equal shapes, for members that are not arrays.  Of a module, for loader processes.
@@ -96,6 +97,7 @@ class Stream(Iterable[Batch]):
         batch: int,
         lanes: int = 0,
         window: int = 128,
+        until: int = 0,
         rank: int = 0,
         world: int = 1,
         arrays: Sequence[str] = (),
@@ -103,7 +105,7 @@ class Stream(Iterable[Batch]):
         reading: Reading | None = None,
     ) -> None:
         self.datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
-        self.order = Order(seed, batch, lanes, window)
+        self.order = Order(seed, batch, lanes, window, until)
         self.reading = reading or Reading()
         self.slots = slots(rank, world, batch)
         self.arrays, self.decode = tuple(arrays), decode
@@ -184,8 +186,8 @@ class Stream(Iterable[Batch]):
         with self._parts(every, first) as parts:
             while not stop.is_set():
                 began = time.perf_counter()
-                rows = next(parts)
-                if stop.is_set():
+                rows = next(parts, None)
+                if rows is None or stop.is_set():
                     return
                 self._position = (rows.step + every - first) * self.order.batch  # without a DataLoader: the next
                 yield self._batch(rows, time.perf_counter() - began)
@@ -225,7 +227,7 @@ class Stream(Iterable[Batch]):
                 processes = [stack.enter_context(_Process(worker.Task(share, *made))) for share in shares]
                 yield _joined(processes)
             return
-        ready: queue.Queue[Rows | BaseException] = queue.Queue(maxsize=READY)
+        ready: queue.Queue[Rows | BaseException | None] = queue.Queue(maxsize=READY)
         over, source = threading.Event(), self._reader.rows(self._position, every, first)
         threading.Thread(target=_fill, args=(source, ready, over), daemon=True, name="stream").start()
         try:
@@ -242,25 +244,27 @@ def _loader() -> tuple[int, int]:
     return (info.num_workers, info.id) if info else (1, 0)
 
 
-def _fill(source: Iterator[Rows], ready: queue.Queue[Rows | BaseException], over: threading.Event) -> None:
-    def offer(item: Rows | BaseException) -> None:
+def _fill(source: Iterator[Rows], ready: queue.Queue[Rows | BaseException | None], over: threading.Event) -> None:
+    def offer(item: Rows | BaseException | None) -> None:
         while not over.is_set():
             with suppress(queue.Full):
                 ready.put(item, timeout=0.1)
                 return
 
     try:
-        while not over.is_set():
-            offer(next(source))
+        for rows in source:
+            offer(rows)
+            if over.is_set():
+                return
+        offer(None)
     except BaseException as error:  # whatever it is, the consumer must get it
         offer(error)
     finally:
         source.close()  # type: ignore[attr-defined]  # it is a generator
 
 
-def _taken(ready: queue.Queue[Rows | BaseException]) -> Iterator[Rows]:
-    while True:
-        item = ready.get()
+def _taken(ready: queue.Queue[Rows | BaseException | None]) -> Iterator[Rows]:
+    while (item := ready.get()) is not None:
         if isinstance(item, BaseException):
             raise item
         yield item
@@ -294,8 +298,8 @@ class _Process:
         os.close(self.memory)
         self.file.close()
 
-    def take(self) -> worker.Sent:
-        """The next batch's rows.
+    def take(self) -> worker.Sent | None:
+        """The next batch's rows; None behind the last.
 
         Raises:
             CalotypeError: what the process met, or that it died.
@@ -309,6 +313,8 @@ class _Process:
                                 "stream.workers") from error  # fmt: skip
         if isinstance(item, BaseException):
             raise item
+        if item is None:
+            return None
         assert isinstance(item, worker.Sent)
         if item.size != self.size:
             self.map, self.size = mmap.mmap(self.memory, item.size), item.size
@@ -326,7 +332,9 @@ class _Process:
 def _joined(processes: list[_Process]) -> Iterator[Rows]:
     """The rows of all processes, as if one had made them: copied once, so that the memory may be used again."""
     while True:
-        sent = [process.take() for process in processes]
+        sent = [one for one in [process.take() for process in processes] if one is not None]
+        if not sent:
+            return
         made, first = Rows(sent[0].rows.step, np.concatenate([one.rows.positions for one in sent]), []), 0
         parts = [process.arrays(one) for process, one in zip(processes, sent)]
         for one in sent:

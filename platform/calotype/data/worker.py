@@ -107,6 +107,7 @@ def main() -> None:
         task: Task = connection.recv()
         for sent in _sent(task, _Ring(memory, connection)):
             connection.send(sent)
+        connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has what it wanted, or is gone
     except BaseException as error:  # whatever it is, the parent must get it

@@ -75,6 +75,7 @@ def stream(
         batch=config.train.batch,
         lanes=config.train.lanes,
         window=config.train.window,
+        until=config.train.images,
         rank=worker.rank,
         world=worker.world,
         arrays=arrays,
