@@ -24,6 +24,7 @@ from calotype.data.reader import Array, Decode, Order, Reader, Rows
 
 SLOTS = 4  # batches that a worker is ahead
 ALIGN = 64  # bytes
+SWITCH = 0.002  # seconds until a thread gives the interpreter to one that waits: readers, with what has just come
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class _Ring:
 
 
 def main() -> None:
+    sys.setswitchinterval(SWITCH)
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     try:
         task: Task = connection.recv()
