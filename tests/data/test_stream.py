@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from calotype.data.manifest import Shard
 from calotype.data.npy import to_npy
 from calotype.data.order import slots
 from calotype.data.reader import Reader
-from calotype.data.shards import write_shard
+from calotype.data.shards import read_sidecar, write_shard
 from calotype.data.store import open_store
 from calotype.errors import CalotypeError, ConfigError, DataError
 
@@ -255,6 +256,20 @@ def test_an_end_is_kept_and_nothing_behind_it_is_read(written: tuple[Counting, l
     assert [batch.step for batch in stream.at(BATCH)] == steps[1:]
 
 
+def test_whole_samples_come_from_a_loader_process_for_ever(written: tuple[Counting, list[Shard]]) -> None:
+    """Nothing of them lies in shared memory: nothing must be handed back, or the pipe fills up."""
+    stream = Stream(Dataset(*written), seed=0, batch=1, lanes=1, until=1000, reading=Reading(workers=1))
+    assert sum(len(batch.samples) for batch in stream) == 1000
+
+
+@pytest.mark.parametrize("more", [{"world": 100}, {"until": -1}])
+def test_a_rank_without_samples_and_an_end_before_the_beginning_are_refused(
+    written: tuple[Counting, list[Shard]], more: dict[str, int]
+) -> None:
+    with pytest.raises(ConfigError, match="rank 0 of"):
+        Stream(Dataset(*written), seed=0, batch=64, **more)
+
+
 def test_memory_is_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
     row = write_shard(store, "x.tar", [Sample(str(i), {"bin": bytes(3000)}) for i in range(2000)], 10)
@@ -343,6 +358,52 @@ def test_a_loader_that_dies_is_an_error(written: tuple[Counting, list[Shard]]) -
 
 
 # ------------------------------------------------------------------------------------------- quarantine
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_left_out_has_the_shape_of_its_batch(tmp_path: Path, workers: int) -> None:
+    """A loader process may have lost all of its rows of a batch, after batches of another shape."""
+    store = open_store(str(tmp_path))
+    made = [Sample(f"{i}", {"x.npy": to_npy(np.ones(2 + i // 64, np.float32))}) for i in range(128)]
+    row = write_shard(store, "0.tar", made, 8, buckets=[i // 64 for i in range(128)])
+    data = bytearray(store.read("0.tar"))
+    for chunk in range(9, 16, 3):  # of the second shape
+        data[read_sidecar(store, row).span(chunk)[0] + 600] ^= 1
+    store.write("0.tar", bytes(data))
+    reading = Reading(on_error="quarantine", error_budget=24, workers=workers)
+    order = {"seed": 0, "batch": 4, "lanes": 2, "window": 8, "until": 512}
+    batches = list(Stream(Dataset(store, [row]), **order, arrays=["x"], reading=reading))
+    assert len(batches) == 128
+    for batch in batches:
+        numbers = [int(re.findall(r"\d+", key)[-1]) for key in batch.keys]
+        assert {batch.arrays["x"].shape} == {(4, 2 + number // 64) for number in numbers}
+        assert (batch.arrays["x"][~batch.present] == 0).all()
+
+
+def test_a_first_batch_that_is_left_out_has_the_shape_that_its_sidecar_says(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    row = write_shard(store, "0.tar", [sample(0, i) for i in range(16)], 16)
+    data = bytearray(store.read("0.tar"))
+    data[600] ^= 1
+    store.write("0.tar", bytes(data))
+    reading = Reading(on_error="quarantine", error_budget=16)
+    (batch,) = Stream(Dataset(store, [row]), seed=0, batch=16, until=16, arrays=["x"], reading=reading)
+    assert batch.arrays["x"].shape == (16, 2, 3)
+    assert batch.arrays["x"].dtype == np.float32
+    assert not batch.present.any()
+
+
+def test_a_budget_that_is_passed_is_passed_each_time(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    row = write_shard(store, "0.tar", [sample(0, i) for i in range(64)], 16)
+    data = bytearray(store.read("0.tar"))
+    data[600] ^= 1
+    store.write("0.tar", bytes(data))
+    reading = Reading(on_error="quarantine", error_budget=3)
+    stream = Stream(Dataset(store, [row]), seed=0, batch=16, lanes=1, window=4, arrays=["x"], reading=reading)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"stream\.error_budget=3.*chunk 0.*another hash"):
+            list(islice(stream, 8))
 
 
 def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> None:

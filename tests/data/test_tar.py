@@ -210,6 +210,19 @@ def test_a_wrong_checksum_is_seen_by_both_ways() -> None:
             tables.table(broken, "x.tar")
 
 
+def test_sums_of_signed_bytes_go_the_careful_way() -> None:
+    """tarfile takes them for a header, and so must each header be: not only be like the first."""
+
+    def summed(head: bytes, by: int) -> bytes:
+        return head[:148] + b"%06o\0 " % (int(head[148:154], 8) + by) + head[156:]
+
+    first, second = tar.header("é.txt", 3), tar.header("ab0.txt", 3)
+    data = summed(first, -512) + b"abc" + bytes(509) + summed(second, -512) + b"abc" + bytes(509)
+    assert tables._regular(data) is None
+    with pytest.raises(DataError, match="not a tar header"):
+        tables.table(data, "x.tar")
+
+
 # ------------------------------------------------------------------------------------------------ hostile archives
 
 

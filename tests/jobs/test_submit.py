@@ -222,11 +222,11 @@ def test_a_damaged_cache_stops_training_or_is_left_out_within_the_budget(line: d
     words = [*line["train_denoiser"], "cluster=local", "cluster.workers=1", "track=none", "stream.on_error=quarantine"]
     store.write(key, bytes(damaged))
     try:
-        out = calotype(*words, "name=strict", "train.seed=1", "stream.on_error=strict", fails=True)
+        out = calotype(*words, "name=strict", "seed=1", "stream.on_error=strict", fails=True)
         assert re.search(rf"{key} is damaged or replaced: chunk \d+", out)
-        out = calotype(*words, "name=over", "train.seed=2", "stream.error_budget=1", fails=True)
+        out = calotype(*words, "name=over", "seed=2", "stream.error_budget=1", fails=True)
         assert re.search(r"samples (had to be|were) left out, more than stream\.error_budget=1", out)
-        calotype(*words, "name=within", "train.seed=3", f"stream.error_budget={IMAGES}")
+        calotype(*words, "name=within", "seed=3", f"stream.error_budget={IMAGES}")
     finally:
         store.write(key, sound)
     shown = json.loads(calotype("runs", "show", "within", "--json", "--root", root))

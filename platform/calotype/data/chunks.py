@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class Reading:
     cache: str = ""
     cache_bytes: int = 50 * 10**9
 
+    def shared(self, processes: int) -> Reading:
+        """By each of so many loader processes."""
+        return replace(self, memory=self.memory // processes, workers=0)
+
     @property
     def for_chunks(self) -> int:
         """Bytes, in a process that shares `memory` with no other."""
@@ -81,8 +85,9 @@ class Arrays:
 
 @dataclass
 class Chunk:
-    """A verified chunk in memory.  `rows`: which of its samples count, None for all."""
+    """A verified chunk in memory, of a bucket.  `rows`: which of its samples count, None for all."""
 
+    bucket: int
     buffer: np.ndarray[Any, Any]
     view: memoryview  # of it
     table: Table
@@ -92,10 +97,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Bad:
-    """A chunk that could not be used, in quarantine: the ids of its samples that count, and why."""
+    """A chunk that could not be used, in quarantine: the ids of its samples that count, and why.
 
+    `like`: shape and dtype of each array that is stacked, where the shard's sidecar knows them.
+    """
+
+    bucket: int
     keys: list[str]
     reason: str
+    like: dict[str, tuple[tuple[int, ...], Any]]
 
 
 @dataclass
@@ -201,46 +211,60 @@ class Chunks:
         dataset = self._datasets[number]
         shard = dataset.shards[row]
         first = shard.chunk_samples * index if not shard.buckets else sum(shard.chunk_counts()[:index])
-        count = shard.chunk_counts()[index]
+        bucket, count = shard.chunk_buckets()[index]
         keep = None if dataset.keep is None else dataset.keep[shard.key][first : first + count]
         rows = None if keep is None or keep.all() else np.flatnonzero(keep)
+        sidecar = None
         try:
-            return self._read(dataset.store, shard, self._sidecar(number, row), index, rows)
+            sidecar = self._sidecar(number, row)
+            return self._read(dataset.store, shard, sidecar, index, bucket, rows)
         except DataError as error:
             if self._reading.on_error == "strict":
                 raise
             chosen = range(count) if rows is None else rows.tolist()
-            return Bad(_names(dataset.store, shard, first, list(chosen)), str(error))
+            known = {name: (sidecar.arrays if sidecar else {}).get(f"{name}.npy") for name in self._arrays}
+            like = {
+                name: (tuple(one["shape"]), one["dtype"])
+                for name, one in known.items()
+                if one and None not in (one["shape"], one["dtype"])
+            }
+            return Bad(bucket, _names(dataset.store, shard, first, list(chosen)), str(error), like)
 
-    def _read(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, rows: Ints | None) -> Chunk:
+    def _read(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, bucket: int, rows: Ints | None) -> Chunk:
+        buffer = self._buffers.take(sidecar.span(index)[1])
+        try:
+            view = buffer.data[: sidecar.span(index)[1]]
+            table = self._verified(store, shard, sidecar, index, view)
+            where = f"{store.uri}/{shard.key}"
+            arrays = {name: _arrays(view, table, name, where, index) for name in self._arrays}
+            return Chunk(bucket, buffer, view, table, rows, arrays)
+        except BaseException:
+            self._buffers.give(buffer)
+            raise
+
+    def _verified(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, view: memoryview) -> Table:
+        """What lies where in a chunk that was read into `view`, from the local disk or the store."""
         start, size = sidecar.span(index)
-        buffer = self._buffers.take(size)
-        view = buffer.data[:size]
-        where = f"{store.uri}/{shard.key}"
-        table = None
 
         def checked(have: int) -> Table:
             with self._turn:
-                return verified(where, shard, sidecar, index, view, have)
+                return verified(f"{store.uri}/{shard.key}", shard, sidecar, index, view, have)
 
         if self._disk is not None and self._disk.read(sidecar.hashes[index], view):
             try:
-                table = checked(size)
+                return checked(size)
             except DataError:
                 self._disk.discard(sidecar.hashes[index])
-        if table is None:
-            try:
-                table = checked(store.read_into(shard.key, start, view))
-            except Missing:
-                raise
-            except DataError as error:  # damaged on the way, or where it lies?
-                log.warning("%s; it is read once more", error)
-                table = checked(store.read_into(shard.key, start, view))
-            if self._disk is not None:
-                self._disk.write(sidecar.hashes[index], view)
-        return Chunk(
-            buffer, view, table, rows, {name: _arrays(view, table, name, where, index) for name in self._arrays}
-        )
+        try:
+            table = checked(store.read_into(shard.key, start, view))
+        except Missing:
+            raise
+        except DataError as error:  # damaged on the way, or where it lies?
+            log.warning("%s; it is read once more", error)
+            table = checked(store.read_into(shard.key, start, view))
+        if self._disk is not None:
+            self._disk.write(sidecar.hashes[index], view)
+        return table
 
     def _sidecar(self, dataset: int, shard: int) -> Sidecar:
         """Read once, by whoever comes first."""

@@ -3,7 +3,8 @@
 What every failure is, and what is done about it:
 
     404                                          the object is missing: said at once
-    other 4xx                                    refused: said at once, after the URL was signed once more
+    403                                          asked again with a new signature, then refused
+    other 4xx, answers in pieces                 refused: said at once
     429, 500, 502, 503 (SlowDown), 504           asked again after a pause
     refused, reset, closed early, short bodies   asked again from the byte where it broke off
     no byte for STALL seconds                    the same, on a new connection
@@ -64,6 +65,9 @@ class Counts:
 counts = Counts()
 
 
+_Place = tuple[str, str]  # scheme, host with its port
+
+
 class Getter:
     """Ranges of keys, by signed URLs; one connection per thread and server."""
 
@@ -118,38 +122,39 @@ class Getter:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        if (old := getattr(self._mine, "connection", None)) is not None:
+        if (old := self._taken()) is not None:
             old[1].close()
-            self._mine.connection = None
 
     def _once(self, key: str, start: int, buffer: memoryview, have: int) -> tuple[int, bool]:
         """(bytes in the buffer, whether more should have come)."""
         counts.requests += 1
+        sock = None
         try:
-            sock, target, host = self._connected(key)
+            place, sock, target = self._connected(key)
             span = f"bytes={start + have}-{start + len(buffer) - 1}"
-            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nRange: {span}\r\n\r\n".encode())
+            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {place[1]}\r\nRange: {span}\r\n\r\n".encode())
             head, early = _head(sock)
             if head.status not in (200, 206):
                 return self._unhappy(sock, head, early, have)
             if head.status == 200 and start + have:
                 raise Refused("200: the server ignores ranges")
-            if head.length is None:
-                raise Refused(f"{head.status}: the server does not say how long its answers are")
-            until = have + min(head.length, len(buffer) - have)
-            if head.closes or head.length > until - have:  # more comes than was asked for
-                self._mine.connection = None
-            if until - have < len(early):
-                early = early[: until - have]
+            if head.pieces:
+                raise Refused(f"{head.status}: the server sends ranges in pieces (Transfer-Encoding)")
+            room = len(buffer) - have
+            until = have + (room if head.length is None else min(head.length, room))
+            whole = head.length == until - have and len(early) <= until - have  # nothing of it stays on the connection
+            early = early[: until - have]
             buffer[have : have + len(early)] = early
             have += len(early)
             while have < until:
                 # In one call where that can be: each gives up the interpreter's lock, and must win it again from
-                # threads that hold it for up to 5 ms.  TLS comes in records of 16 KiB anyway.
+                # threads that hold it for some milliseconds.  TLS comes in records of 16 KiB anyway.
                 got = sock.recv_into(buffer[have:until], 0, 0 if self._context else socket.MSG_WAITALL)
                 if not got:
                     return have, True
                 have += got
+            if whole and not head.closes:
+                self._mine.connection, sock = (place, sock), None
             return have, False
         except BlockingIOError as error:
             raise _Broken(have, f"no byte for {STALL:g} s") from error
@@ -157,17 +162,17 @@ class Getter:
             raise _Broken(have, f"{type(error).__name__}: {error}".rstrip(": ")) from error
         except _Garbled as error:
             raise _Broken(have, str(error)) from error
+        finally:
+            if sock is not None:  # whatever happened, the next answer on it might be this one
+                sock.close()
 
     def _unhappy(self, sock: socket.socket, head: _Head, early: bytes, have: int) -> tuple[int, bool]:
-        """An answer that is no data; its connection is not used again."""
+        """An answer that is no data."""
         body = bytearray(early)
         most = EXPLAINED if head.length is None else min(head.length, EXPLAINED)
         with suppress(OSError):  # what it says is not worth a failure of its own
-            while (
-                len(body) < most and not body.endswith((b"</Error>", b"0\r\n\r\n")) and (more := sock.recv(EXPLAINED))
-            ):
+            while len(body) < most and b"</Error>" not in body and (more := sock.recv(EXPLAINED)):
                 body += more
-        self.close()
         if head.status == 416:  # begins at or behind the end
             return have, False
         code = body.decode(errors="replace").partition("<Code>")[2].partition("</Code>")[0]
@@ -178,15 +183,20 @@ class Getter:
             raise _Broken(have, said)
         raise Refused(said)
 
-    def _connected(self, key: str) -> tuple[socket.socket, str, str]:
-        """This thread's connection to the key's server, the key's target there, the server's name."""
+    def _connected(self, key: str) -> tuple[_Place, socket.socket, str]:
+        """A connection to the key's server that no answer is under way on, and the key's target there."""
         parts = urlsplit(self._url(key))
-        place = (parts.scheme, parts.netloc)
-        old = getattr(self._mine, "connection", None)
-        if old is None or old[0] != place:
-            self.close()
-            secure = parts.scheme == "https"
-            made = socket.create_connection((parts.hostname, parts.port or (443 if secure else 80)), CONNECT)
+        secure = parts.scheme == "https"
+        usual = 443 if secure else 80
+        host = parts.netloc.lower().removesuffix(f":{usual}")  # as it was signed
+        place, target = (parts.scheme, host), f"{parts.path}?{parts.query}"
+        old = self._taken()
+        if old is not None:
+            if old[0] == place:
+                return place, old[1], target
+            old[1].close()
+        made = socket.create_connection((parts.hostname, parts.port or usual), CONNECT)
+        try:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if secure:
                 assert self._context is not None
@@ -196,8 +206,16 @@ class Getter:
                 made.settimeout(None)
                 limit = struct.pack("ll", int(STALL), int(STALL % 1 * 1e6))
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self._mine.connection = old = (place, made)
-        return old[1], f"{parts.path}?{parts.query}", parts.netloc
+        except BaseException:
+            made.close()
+            raise
+        return place, made, target
+
+    def _taken(self) -> tuple[_Place, socket.socket] | None:
+        """This thread's connection, which is nobody's until an answer was read to its end."""
+        old: tuple[_Place, socket.socket] | None = getattr(self._mine, "connection", None)
+        self._mine.connection = None
+        return old
 
     def _url(self, key: str) -> str:
         now = time.monotonic()
@@ -219,7 +237,8 @@ class _Head(NamedTuple):
 
     status: int
     reason: str
-    length: int | None  # of its body; None if it is not said, or comes in pieces
+    length: int | None  # of its body; None: it ends with the connection
+    pieces: bool  # Transfer-Encoding
     closes: bool
 
 
@@ -240,10 +259,10 @@ def _head(sock: socket.socket) -> tuple[_Head, bytes]:
             if first[2].startswith(b"1"):  # 100 Continue: the answer follows
                 data = rest
                 continue
-            length = _LENGTH.search(head) if not _PIECES.search(head) else None
+            length, pieces = _LENGTH.search(head), _PIECES.search(head) is not None
             closes = first[1] == b"1.0" or _CLOSES.search(head) is not None
             reason = first[3].decode("latin-1").strip()
-            return _Head(int(first[2]), reason, int(length[1]) if length else None, closes), rest
+            return _Head(int(first[2]), reason, int(length[1]) if length else None, pieces, closes), rest
         more = sock.recv(EXPLAINED)
         if not more or len(data) > MAX_HEAD:
             raise _Garbled("it closed the connection" if not more else "the head of the answer does not end")
@@ -253,7 +272,7 @@ def _head(sock: socket.socket) -> tuple[_Head, bytes]:
 _FIRST = re.compile(rb"HTTP/(1\.[01]) (\d{3})([^\r\n]*)")
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*(?=\r\n|$)")
 _PIECES = re.compile(rb"(?i)\r\ntransfer-encoding:")
-_CLOSES = re.compile(rb"(?i)\r\nconnection:[ \t]*close")
+_CLOSES = re.compile(rb"(?i)\r\nconnection:[^\r\n]*\bclose\b")
 
 
 class _Garbled(Exception):

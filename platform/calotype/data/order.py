@@ -108,7 +108,7 @@ class Order:
                 sizes = np.add.reduceat(self.counts[chunks], np.arange(0, len(chunks), BLOCK), dtype=np.int64)
                 starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
                 self._epochs[epoch] = _Epoch(chunks, starts, self._spans(epoch))
-                while len(self._epochs) > 2:  # a batch straddles two at most
+                while len(self._epochs) > 2:  # a block of positions rarely straddles more
                     self._epochs.popitem(last=False)
             return self._epochs[epoch]
 

@@ -92,7 +92,7 @@ class Reader:
         self.schedule = Schedule(layouts, weights, order.seed, order.batch, order.lanes, order.window)
         self._layouts, self._datasets, self._reading = layouts, datasets, reading
         self._arrays, self._decode, self._threads = tuple(arrays), decode, threads
-        self._like: dict[str, tuple[tuple[int, ...], Any]] = {}  # shape and dtype of a row, as the last batch had them
+        self._like: dict[int, dict[str, tuple[tuple[int, ...], Any]]] = {}  # bucket -> shape and dtype of a row
         self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
         _check_memory(datasets, order, slots, reading, self.schedule)
 
@@ -111,9 +111,9 @@ class Reader:
         try:
             start = position // self._order.batch + first
             steps, planned = self._steps(start, every), deque[_Step]()
-            behind = -(-self._order.until // self._order.batch) or math.inf  # a step that is not taken
+            end = -(-self._order.until // self._order.batch) or math.inf  # the first step that is not taken
             while True:
-                while start < behind and (not planned or (len(planned) < AHEAD and not chunks.full)):
+                while start < end and (not planned or (len(planned) < AHEAD and not chunks.full)):
                     step, uses = next(steps)
                     chunks.request(uses)
                     planned.append(step)
@@ -130,14 +130,15 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _steps(self, step: int, every: int) -> Iterator[tuple[_Step, list[tuple[int, int, int, int]]]]:
-        """Every so-manieth step from this one on, with the chunks that it uses and the steps just before did not."""
-        width, chunks = len(self.slots), sum(len(layout.counts) for layout in self._layouts)
+        """Every so-manieth step from this one on, with the chunks that it uses, but for those that were named
+        for an earlier step of the same block."""
+        width, many_chunks = len(self.slots), sum(len(layout.counts) for layout in self._layouts)
         many = max(1, min(BLOCK // max(width, 1), AHEAD, self.schedule.samples // self._order.batch))
         while True:
             numbers = step + every * np.arange(many)
             positions = (numbers[:, None] * self._order.batch + np.asarray(self.slots)).reshape(-1)
             places = self.schedule.locate(positions)
-            new = np.sort(np.unique(places.epoch * chunks + places.chunk, return_index=True)[1])
+            new = np.sort(np.unique(places.epoch * many_chunks + places.chunk, return_index=True)[1])
             uses = list(zip(*(c[new].tolist() for c in (places.chunk, places.pool, places.epoch, places.place))))
             until = np.searchsorted(new, np.arange(many + 1) * width).tolist()
             chunk, row = places.chunk.tolist(), places.row.tolist()
@@ -164,12 +165,15 @@ class Reader:
         else:
             made.samples = [self._sample(c, i, copy=True) for c, i in found]
             return made
+        first = found[0][0]
         if made.arrays:
-            self._like = {name: (array.shape[1:], array.dtype) for name, array in made.arrays.items()}
-        elif not self._like:
-            raise DataError(f"no sample of the first batch can be read: {made.skipped[0][1]}")
-        else:  # all of it is left out: zeros of the shape that the batch before had, which weigh nothing
-            made.arrays = {name: np.zeros((len(keys), *shape), dtype) for name, (shape, dtype) in self._like.items()}
+            self._like[first.bucket] = {name: (array.shape[1:], array.dtype) for name, array in made.arrays.items()}
+            return made
+        # All of it is left out: zeros of the shape that such batches have, which weigh nothing.
+        like = self._like.get(first.bucket) or (first.like if isinstance(first, Bad) else {})
+        if not like:
+            raise DataError(f"no sample of the first batch of its shape can be read: {made.skipped[0][1]}")
+        made.arrays = {name: np.zeros((len(keys), *shape), dtype) for name, (shape, dtype) in like.items()}
         return made
 
     def _sample(self, chunk: Chunk | Bad, index: int, copy: bool = False) -> Sample | None:
@@ -230,14 +234,17 @@ def _check_memory(
     Raises:
         ConfigError: what the lanes of these slots hold at once cannot fit.
     """
-    lanes = -(-len(slots) * (order.lanes or order.batch) // order.batch)
+    processes = min(max(reading.workers, 1), len(slots))
+    room = reading.shared(processes).for_chunks
+    width = -(-len(slots) // processes)
+    lanes = -(-width * (order.lanes or order.batch) // order.batch)
     held = [max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
             for dataset in datasets]  # fmt: skip
-    need = lanes * sum(held) // len(held)
     whole = sum(shard.bytes for dataset in datasets for shard in dataset.shards)
-    if min(need, whole) > reading.for_chunks:
-        room = f"stream.memory_mb={reading.memory / 2**20:.3g} has room for {reading.for_chunks / 2**20:.3g}"
+    need = min(lanes * sum(held) // len(held), whole)
+    if need > room:
+        have = f"stream.memory_mb={reading.memory / 2**20:.3g} leaves {room / 2**20:.3g} to each of {processes}"
         raise ConfigError(
-            f"the lanes of one worker hold up to {min(need, whole) / 2**20:.3g} MiB of chunks at once, {room}: "
-            f"raise it, or lower train.window={order.window} or train.lanes={order.lanes or order.batch}"
+            f"the lanes of one reading process hold up to {need / 2**20:.3g} MiB of chunks at once, and {have}: raise "
+            f"it, or lower train.window={order.window} or train.lanes={order.lanes or order.batch}"
         )

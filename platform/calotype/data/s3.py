@@ -166,9 +166,13 @@ class S3Store(Store):
         except Gone as error:
             raise Missing(f"{uri} does not exist ({error})") from error
         except Refused as error:
-            raise CalotypeError(
-                f"{uri} is refused ({error}): check AWS_ACCESS_KEY_ID, its secret and the clock"
-            ) from error
+            mine = str(error).startswith(("401", "403"))
+            check = (
+                "AWS_ACCESS_KEY_ID, its secret and the clock"
+                if mine
+                else "AWS_ENDPOINT_URL_S3, and what stands before it"
+            )
+            raise CalotypeError(f"{uri} is refused ({error}): check {check}") from error
 
     def publish(self, key: str, data: bytes | Path) -> bool:
         with _explained(f"{self.uri}/{key}"):

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from typing import Any
 
@@ -36,7 +36,7 @@ from calotype.data.order import slots
 from calotype.data.reader import Array, Decode, Order, Reader, Rows
 from calotype.data.shards import Sample
 from calotype.data.threads import cores
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ class Stream(Iterable[Batch]):
         self.order = Order(seed, batch, lanes, window, until)
         self.reading = reading or Reading()
         self.slots = slots(rank, world, batch)
+        if not self.slots or until < 0:
+            raise ConfigError(
+                f"rank {rank} of {world} has no sample of a batch of {batch}, or until={until} is below 0"
+            )
         self.arrays, self.decode = tuple(arrays), decode
         self.skipped: dict[str, str] = {}  # id -> reason, of samples that quarantine left out here
         self._position, self._stop = 0, threading.Event()
@@ -204,9 +208,10 @@ class Stream(Iterable[Batch]):
                 self.skipped[rows.keys[row]] = reason
                 log.warning("left out: sample %s (%s)", rows.keys[row], reason)
         if len(self.skipped) > self.reading.error_budget:
+            some, reason = list(self.skipped)[:5], next(iter(self.skipped.values()))
             raise DataError(
                 f"{len(self.skipped)} samples had to be left out, more than stream.error_budget="
-                f"{self.reading.error_budget}: {', '.join(list(self.skipped)[:5])} ... ({rows.skipped[0][1]})"
+                f"{self.reading.error_budget}: {', '.join(some)} ... ({reason})"
             )
         cursor = {"position": (rows.step + 1) * self.order.batch}
         return Batch(rows.step, rows.positions, rows.keys, rows.arrays, rows.samples, present, wait, cursor)
@@ -218,10 +223,10 @@ class Stream(Iterable[Batch]):
         """Rows from the cursor on, of every so-manieth step; whoever makes them ends with the context."""
         if self.reading.workers and every == 1:
             with ExitStack() as stack:
-                shares = [slots(i, self.reading.workers, len(self.slots)) for i in range(self.reading.workers)]
-                shares = [range(self.slots.start + s.start, self.slots.start + s.stop) for s in shares if len(s)]
-                memory = self.reading.memory // len(shares)
-                reading = replace(self.reading, memory=memory, workers=0)
+                count = min(self.reading.workers, len(self.slots))
+                shares = [slots(i, count, len(self.slots)) for i in range(count)]
+                shares = [range(self.slots.start + s.start, self.slots.start + s.stop) for s in shares]
+                reading = self.reading.shared(count)
                 order, position = self.order, self._position
                 made = (self.datasets, order, reading, self.arrays, self.decode, position)
                 processes = [stack.enter_context(_Process(worker.Task(share, *made))) for share in shares]
@@ -325,8 +330,9 @@ class _Process:
         return {name: worker.placed(self.map, *place) for name, place in sent.fields.items()}
 
     def done(self, sent: worker.Sent) -> None:
-        with suppress(BrokenPipeError):
-            self.connection.send(sent.slot)
+        if sent.slot >= 0:  # else there was nothing in the shared memory, and nobody waits for it
+            with suppress(BrokenPipeError):
+                self.connection.send(sent.slot)
 
 
 def _joined(processes: list[_Process]) -> Iterator[Rows]:

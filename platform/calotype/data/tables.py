@@ -130,7 +130,9 @@ def _alike(blocks: Array) -> _Files | None:
     keys, words = heads[:, 0, :long], heads.view(np.uint64)
     differ = np.bitwise_or.reduce(words ^ words[0], 0).view(np.uint8).any(0)  # (512,) byte of a header
     sums = _octal(heads[:, :, _SUM])
-    if sums is None or any((heads[:, member, :long] != keys).any() for member in range(1, len(places))):
+    if sums is None or (sums[0] != _checksums(heads[0])).any():  # tarfile takes sums of signed bytes too
+        return None
+    if any((heads[:, member, :long] != keys).any() for member in range(1, len(places))):
         return None
     sums -= keys.sum(1, dtype=np.int64)[:, None]
     found = np.repeat(np.array([sizes]), len(heads), 0)

@@ -43,7 +43,7 @@ class Task:
 
     Attributes:
         engines: by name; every one takes a step per global batch.
-        batches: position in the stream -> this rank's batches from there on, for ever.
+        batches: position in the stream -> this rank's batches from there on, to train.images at least.
         prepare: batch -> CPU tensors, one row per sample of this rank, all randomness included; runs in a thread.
             A batch's `present`, if it has one, says which rows weigh nothing.
         step: micro-batch on the device -> per-sample values (n,): under the name of an engine its losses, under any
@@ -237,6 +237,7 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
                 put({k: v.pin_memory() for k, v in rows.items()} if worker.device.startswith("cuda") else rows)
                 if over.is_set():
                     return
+            put(DataError("the batches ended before train.images was reached"))
         except BaseException as error:  # raised again where the batch is awaited
             put(error)
 
