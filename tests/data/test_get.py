@@ -124,6 +124,35 @@ def test_what_is_no_answer_is_asked_for_again(answer: bytes) -> None:
         assert read(getter, 0, 10) == DATA[:10]
 
 
+@pytest.mark.parametrize("said_so", [b"403 Forbidden", b"400 Bad Request"])
+def test_a_signature_that_is_too_old_is_made_again_and_not_kept(said_so: bytes) -> None:
+    body = b"<Code>ExpiredToken</Code></Error>"
+    no = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (said_so, len(body), body)
+    signed = iter("abcd")
+    with served(no, said(DATA[:10]), no, no, no, said(DATA[:5])) as (getter, asked):
+        sign = getter._sign
+        getter._sign = lambda key: sign(key) + next(signed)
+        assert read(getter, 0, 10) == DATA[:10]
+        assert b"signed=1b" in asked[1]
+        getter._urls.clear()
+        with pytest.raises(Refused, match="ExpiredToken"):
+            read(getter, 0, 5)
+        assert not getter._urls
+
+
+def test_a_service_for_credentials_may_have_a_bad_moment() -> None:
+    with served(said(DATA[:10])) as (getter, _):
+        sign, failures = getter._sign, iter([ConnectionError("IMDS timed out")])
+
+        def signs(key: str) -> str:
+            for failure in failures:
+                raise failure
+            return sign(key)
+
+        getter._sign = signs
+        assert read(getter, 0, 10) == DATA[:10]
+
+
 def test_the_host_is_named_as_it_was_signed() -> None:
     with served(said(DATA[:10]), host="LocalHost") as (getter, asked):
         read(getter, 0, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -388,3 +389,18 @@ def hashless(data: bytes) -> bytes:
         if row[6]:
             data = data.replace(row[6].encode(), b"").replace(row[5].encode(), b"")
     return data
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [*({"offsets": lie} for lie in ([0, 2**50], [0, 2**70], 7, [0, float("nan")])), {"blake3": 1}, None],
+)
+def test_a_sidecar_that_lies_is_refused_in_a_sentence(tmp_path: Path, chunks: dict[str, object] | None) -> None:
+    store = open_store(str(tmp_path))
+    row = write_shard(store, "0.tar", [Sample("a", {"txt": b"x"})], 8)
+    said = json.loads(store.read(sidecar_key("0.tar")))
+    said["chunks"] = said["chunks"] | chunks if chunks else []
+    data = json.dumps(said).encode()
+    store.write(sidecar_key("0.tar"), data)
+    with pytest.raises(DataError, match="not one of this shard"):
+        read_sidecar(store, replace(row, sidecar_sha256=hashlib.sha256(data).hexdigest()))

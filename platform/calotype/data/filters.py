@@ -39,7 +39,7 @@ def takedown_keys(uri: str) -> frozenset[str]:
     folder, _, name = uri.rpartition("/")
     try:
         text = open_store(folder).read(name) if "://" in uri else Path(uri).expanduser().read_bytes()
-        lines = [line.strip() for line in text.decode().splitlines()]
+        lines = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
     except (OSError, Missing, UnicodeDecodeError) as error:
         raise ConfigError(f"data.takedown={uri!r} cannot be read as a text file of keys ({error})") from error
     return frozenset(line for line in lines if line and not line.startswith("#"))
@@ -144,5 +144,5 @@ def _kept(store: Store, shard: Shard, conditions: Sequence[Any], taken_down: Col
             ) from error
         kept = np.isin(np.arange(shard.samples), rows)
     if taken_down:
-        kept &= ~np.isin(table["key"].to_numpy(zero_copy_only=False), list(taken_down))
+        kept &= np.fromiter((key not in taken_down for key in table["key"].to_pylist()), np.bool_, shard.samples)
     return kept

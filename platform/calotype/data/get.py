@@ -3,7 +3,7 @@
 What every failure is, and what is done about it:
 
     404                                          the object is missing: said at once
-    403                                          asked again with a new signature, then refused
+    403, 400 ExpiredToken and the like           asked again with a new signature, then refused
     other 4xx, answers in pieces                 refused: said at once
     429, 500, 502, 503 (SlowDown), 504           asked again after a pause
     refused, reset, closed early, short bodies   asked again from the byte where it broke off
@@ -38,7 +38,8 @@ STALL = 20.0  # seconds without a byte after which a connection has failed
 CONNECT = 5.0  # seconds to connect
 PATIENCE = 120.0  # seconds without a byte after which the object cannot be had
 PAUSES = (0.1, 10.0)  # seconds: the first, and the longest
-SIGNED = 1800.0  # seconds for which a signed URL is used
+SIGNED = 600.0  # seconds for which a signed URL is used: less than what is left of credentials when they are renewed
+EXPIRED = ("403", "400 ExpiredToken", "400 InvalidToken", "400 TokenRefreshRequired")  # answers to a signature too old
 REMEMBERED = 4096  # signed URLs
 EXPLAINED = 4096  # bytes read of an answer that is no data
 MAX_HEAD = 2**16  # bytes
@@ -100,10 +101,10 @@ class Getter:
                     return have
                 failure = "the body broke off"
             except Refused as error:
-                if signed_again or not str(error).startswith("403"):  # the signature may have expired
+                self._forget(key)
+                if signed_again or not str(error).startswith(EXPIRED):
                     raise
                 signed_again = True
-                self._forget(key)
                 continue
             except _Broken as error:
                 have = error.have

@@ -145,7 +145,7 @@ def parsed(data: bytes, what: str, *expected: str) -> dict[str, Any]:
     try:
         found = json.loads(data)
         assert isinstance(found, dict)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RecursionError) as error:
         raise DataError(f"{what} is not the JSON it should be: {error}") from error
     if expected and found.get("format") not in expected:
         raise DataError(f"{what} has format {found.get('format')!r}, this version reads {', '.join(expected)}")

@@ -50,6 +50,8 @@ def _header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # numpy reads it as Python, whose parser raises anything on hostile bytes
         raise DataError(f"an array of a cache has no .npy header ({error})") from error
+    if any(type(n) is not int or not 0 <= n < 2**40 for n in shape) or not dtype.itemsize:
+        raise DataError(f"an array of a cache has no .npy header that can be: {dtype} {shape}")
     if fortran or dtype.hasobject:
         raise DataError(f"an array of a cache is not plain and row-major but {dtype}, fortran_order={fortran}")
     return dtype, shape

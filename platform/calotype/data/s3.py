@@ -23,7 +23,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from calotype.data.files import PART, Entry, Missing, Names, Store, checked
-from calotype.data.get import Getter, Gone, Refused
+from calotype.data.get import EXPIRED, Getter, Gone, Refused
 from calotype.errors import CalotypeError, Unreachable
 
 SINGLE_PUT = 5 * 2**30  # bytes of one put, S3's limit; bigger files are published in parts
@@ -89,7 +89,10 @@ def _getter(bucket: str) -> Getter | None:
 
                 def sign(key: str) -> str:
                     params = {"Bucket": bucket, "Key": key}
-                    return str(_client().generate_presigned_url("get_object", Params=params, ExpiresIn=3600))
+                    try:
+                        return str(_client().generate_presigned_url("get_object", Params=params, ExpiresIn=3600))
+                    except botocore.exceptions.CredentialRetrievalError as error:  # such services have bad moments
+                        raise ConnectionError(str(error)) from error
 
                 _getters[name] = Getter(sign, context)
         return _getters[name]
@@ -162,16 +165,16 @@ class S3Store(Store):
             return super().read_into(key, start, buffer)
         uri = f"{self.uri}/{key}"
         try:
-            return getter.into(self._name(key), start, buffer, uri)
+            with _explained(uri):
+                return getter.into(self._name(key), start, buffer, uri)
         except Gone as error:
             raise Missing(f"{uri} does not exist ({error})") from error
         except Refused as error:
-            mine = str(error).startswith(("401", "403"))
-            check = (
-                "AWS_ACCESS_KEY_ID, its secret and the clock"
-                if mine
-                else "AWS_ENDPOINT_URL_S3, and what stands before it"
-            )
+            check = "AWS_ENDPOINT_URL_S3, and what stands before it"
+            if str(error).startswith(("401", *EXPIRED)):
+                check = "AWS_ACCESS_KEY_ID, its secret and the clock"
+            elif str(error).startswith(("301", "307", "400 Authorization")):
+                check = "AWS_REGION: the bucket is in another region"
             raise CalotypeError(f"{uri} is refused ({error}): check {check}") from error
 
     def publish(self, key: str, data: bytes | Path) -> bool:

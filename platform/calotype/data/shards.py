@@ -252,12 +252,18 @@ def read_sidecar(store: Store, shard: Shard) -> Sidecar:
         )
     found = parsed(data, sidecar_key(shard.key), SIDECAR, SIDECAR_1)
     modern = found["format"] == SIDECAR
-    offsets = np.asarray(found["chunks"]["offsets"], np.int64)
-    hashes = tuple(found["chunks"]["blake3" if modern else "sha256"])
-    rising = len(offsets) == len(hashes) + 1 and not offsets[0] and (np.diff(offsets) > 0).all()
-    if not rising or len(hashes) != shard.chunks or found["chunk_samples"] != shard.chunk_samples:
-        raise DataError(f"{store.where(shard.key)}: the sidecar's samples or chunks are not those of the manifest")
-    return Sidecar(offsets, hashes, modern, tuple(found["members"]), found["arrays"])
+    try:
+        offsets = np.asarray(found["chunks"]["offsets"], np.int64)
+        hashes = tuple(found["chunks"]["blake3" if modern else "sha256"])
+        sizes = np.diff(offsets)
+        rising = len(offsets) == len(hashes) + 1 and not offsets[0] and (sizes > 0).all()
+        inside = offsets[-1] <= shard.bytes and sizes.max() <= (shard.chunk_bytes or shard.bytes)
+        fitting = len(hashes) == shard.chunks and found["chunk_samples"] == shard.chunk_samples
+        if not (rising and inside and fitting):
+            raise ValueError("its samples or chunks are not those of the manifest")
+        return Sidecar(offsets, hashes, modern, tuple(found["members"]), dict(found["arrays"]))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{store.where(shard.key)}: the sidecar is not one of this shard ({error})") from error
 
 
 def verified(where: str, shard: Shard, sidecar: Sidecar, index: int, data: tar.Bytes, have: int) -> tables.Table:
