@@ -48,10 +48,12 @@ SMALLER = {  # what makes each command of the README a matter of seconds
 
 
 def calotype(*words: str, fails: bool = False, cwd: Path = ROOT, checkout: Path = ROOT) -> str:
+    return python("-m", "calotype", *words, fails=fails, cwd=cwd, checkout=checkout)
+
+
+def python(*words: str, fails: bool = False, cwd: Path = ROOT, checkout: Path = ROOT) -> str:
     env = {**os.environ, "PYTHONPATH": str(checkout / "platform"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "calotype", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
     assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -219,14 +221,15 @@ def test_a_damaged_cache_stops_training_or_is_left_out_within_the_budget(line: d
     sound = store.read(key)
     damaged = bytearray(sound)
     damaged[len(sound) // 2] ^= 1
-    words = [*line["train_denoiser"], "cluster=local", "cluster.workers=1", "track=none", "stream.on_error=quarantine"]
+    alone = ["cluster=local", "cluster.workers=1", "track=none", "stream.on_error=quarantine"]
+    words = ["jobs/train_denoiser.py", *line["train_denoiser"][2:], *alone]
     store.write(key, bytes(damaged))
     try:
-        out = calotype(*words, "name=strict", "seed=1", "stream.on_error=strict", fails=True)
+        out = python(*words, "name=strict", "seed=1", "stream.on_error=strict", fails=True)
         assert re.search(rf"{key} is damaged or replaced: chunk \d+", out)
-        out = calotype(*words, "name=over", "seed=2", "stream.error_budget=1", fails=True)
+        out = python(*words, "name=over", "seed=2", "stream.error_budget=1", fails=True)
         assert re.search(r"samples (had to be|were) left out, more than stream\.error_budget=1", out)
-        calotype(*words, "name=within", "seed=3", f"stream.error_budget={IMAGES}")
+        python(*words, "name=within", "seed=3", f"stream.error_budget={IMAGES}")
     finally:
         store.write(key, sound)
     shown = json.loads(calotype("runs", "show", "within", "--json", "--root", root))
