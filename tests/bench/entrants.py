@@ -18,7 +18,8 @@ from samples import KINDS, decode, decoded
 
 BATCH = 64
 MIB = 2**20
-MEMORY, LANES = 256 * MIB, 8  # calotype's budget per process, and the places of the epoch that a batch is drawn from
+MEMORY = 256 * MIB  # calotype's budget, and as much again for every loader process
+LANES = 8  # places of the epoch that its batches are drawn from
 
 
 @dataclass

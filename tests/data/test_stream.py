@@ -262,11 +262,11 @@ def test_whole_samples_come_from_a_loader_process_for_ever(written: tuple[Counti
     assert sum(len(batch.samples) for batch in stream) == 1000
 
 
-@pytest.mark.parametrize("more", [{"world": 100}, {"until": -1}])
+@pytest.mark.parametrize(("more", "why"), [({"world": 100}, "rank 0 of 100"), ({"until": -1}, "until=-1 is no")])
 def test_a_rank_without_samples_and_an_end_before_the_beginning_are_refused(
-    written: tuple[Counting, list[Shard]], more: dict[str, int]
+    written: tuple[Counting, list[Shard]], more: dict[str, int], why: str
 ) -> None:
-    with pytest.raises(ConfigError, match="rank 0 of"):
+    with pytest.raises(ConfigError, match=why):
         Stream(Dataset(*written), seed=0, batch=64, **more)
 
 

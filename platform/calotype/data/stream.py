@@ -108,10 +108,10 @@ class Stream(Iterable[Batch]):
         self.order = Order(seed, batch, lanes, window, until)
         self.reading = reading or Reading()
         self.slots = slots(rank, world, batch)
-        if not self.slots or until < 0:
-            raise ConfigError(
-                f"rank {rank} of {world} has no sample of a batch of {batch}, or until={until} is below 0"
-            )
+        if not self.slots:
+            raise ConfigError(f"rank {rank} of {world} has no sample of a batch of {batch}: raise the batch")
+        if until < 0:
+            raise ConfigError(f"until={until} is no position: 0 is for a stream without an end")
         self.arrays, self.decode = tuple(arrays), decode
         self.skipped: dict[str, str] = {}  # id -> reason, of samples that quarantine left out here
         self._position, self._stop = 0, threading.Event()
@@ -341,6 +341,7 @@ def _joined(processes: list[_Process]) -> Iterator[Rows]:
         sent = [one for one in [process.take() for process in processes] if one is not None]
         if not sent:
             return
+        assert len(sent) == len(processes), "all take the same steps: part of a batch must not pass for one"
         made, first = Rows(sent[0].rows.step, np.concatenate([one.rows.positions for one in sent]), []), 0
         parts = [process.arrays(one) for process, one in zip(processes, sent)]
         for one in sent:
