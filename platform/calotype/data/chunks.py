@@ -27,7 +27,6 @@ from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
 from calotype.data.store import Missing, Store
 from calotype.data.tables import Table
 from calotype.data.tar import BLOCK
-from calotype.data.threads import cores
 from calotype.errors import CalotypeError, DataError
 
 log = logging.getLogger(__name__)
@@ -142,8 +141,6 @@ class Chunks:
         self._sidecars: OrderedDict[tuple[int, int], Future[Sidecar]] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(reading.readers, thread_name_prefix="chunk")
-        # Chunks that came together are verified in turn: all at once, all would be late, and batches come in bursts.
-        self._turn = threading.Semaphore(cores())
         self._disk = Disk(Path(reading.cache).expanduser(), reading.cache_bytes) if reading.cache else None
         self.used = 0  # bytes of chunks asked for or held
 
@@ -247,8 +244,7 @@ class Chunks:
         start, size = sidecar.span(index)
 
         def checked(have: int) -> Table:
-            with self._turn:
-                return verified(f"{store.uri}/{shard.key}", shard, sidecar, index, view, have)
+            return verified(f"{store.uri}/{shard.key}", shard, sidecar, index, view, have)
 
         if self._disk is not None and self._disk.read(sidecar.hashes[index], view):
             try:

@@ -35,7 +35,6 @@ from calotype.data.draws import Ints
 from calotype.data.order import slots
 from calotype.data.reader import Array, Decode, Order, Reader, Rows
 from calotype.data.shards import Sample
-from calotype.data.threads import cores
 from calotype.errors import CalotypeError, ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -198,7 +197,8 @@ class Stream(Iterable[Batch]):
 
     def _threads(self) -> int:
         """To decode in."""
-        return self.reading.decoders or cores()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.reading.decoders or cores
 
     def _batch(self, rows: Rows, wait: float) -> Batch:
         present = np.ones(len(rows.keys), np.bool_)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,11 +11,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 Told = Callable[[int, int], None]  # (bytes done, of all)
 Passed = Callable[[int], None]  # so many bytes more were read
-
-
-def cores() -> int:
-    """Of this machine, that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Memory(threading.local):
