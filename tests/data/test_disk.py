@@ -593,6 +593,8 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_chunk_is_a_miss(tmp_path: Path) ->
     disk = Disk(tmp_path, 10 * MIB)
     digest, data = chunk(1)
     path_of(disk, digest).parent.mkdir()
+    (tmp_path / ".partial-x").mkdir()  # folders that nobody here has made are left alone
+    path_of(disk, "ab" * 32).mkdir(parents=True)
     os.mkfifo(path_of(disk, digest))
     assert not has(disk, 1)  # and no waiting for somebody to write into it
     disk.write(digest, data)

@@ -78,6 +78,15 @@ def test_a_selection_is_made_once_and_named_by_what_it_is(made: tuple[Store, Man
         ([["width", "~", 1]], r"'width', '~', 1.*one of =="),
         ([["width", ">"]], r"\[column, operator, value\]"),
         (["width"], r"\[column, operator, value\]"),
+        ([["width", ["="], 1]], r"\[column, operator, value\]"),
+        ([["width", "=", {"a": 1}]], "a number or text"),
+        ([["width", "=", None]], "a number or text"),
+        ([["width", "=", [1]]], "take a list"),
+        ([["width", "in", 3]], "take a list"),
+        ([["width", "in", [[3]]]], "a number or text"),
+        ([3], r"\[column, operator, value\]"),
+        ([[["width", ">", 1], 3]], r"\[column, operator, value\]"),
+        ([["row", ">", 1]], "column 'row'"),
         ([["width", ">", "wide"]], "compare like with like"),
         ([["width", ">", 10**6]], "leaves none"),
     ],
@@ -85,6 +94,30 @@ def test_a_selection_is_made_once_and_named_by_what_it_is(made: tuple[Store, Man
 def test_what_cannot_be_applied_is_one_sentence(made: tuple[Store, Manifest], conditions: list[Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         filters.publish(*made, conditions, ())
+
+
+def test_a_damaged_selection_is_refused(made: tuple[Store, Manifest]) -> None:
+    store, manifest = made
+    name = filters.publish(store, manifest, [["width", ">=", 512]], ())
+    key = f"selections/{name}.bits"
+    data = store.read(key)
+    for bad in (data[:-1] + bytes([data[-1] ^ 128]), data[:-1], b"", data.partition(b"\n")[2]):
+        store.write(key, bad)
+        for use in (filters.load, lambda *_: filters.publish(store, manifest, [["width", ">=", 512]], ())):
+            with pytest.raises(DataError, match=key):
+                use(store, name, manifest)
+
+
+def test_what_is_left_and_found_is_said(made: tuple[Store, Manifest], caplog: pytest.LogCaptureFixture) -> None:
+    store, manifest = made
+    for _ in range(2):  # the second time it is there already
+        with caplog.at_level("INFO", "calotype"):
+            filters.publish(store, manifest, [["width", ">=", 512]], ("0-3", "0-9", "elsewhere"))
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+            ("INFO", "toy: 36 of 60 samples are left by data.filter and data.takedown"),
+            ("WARNING", "data.takedown: 2 of its 3 keys are in toy"),
+        ]
+        caplog.clear()
 
 
 def test_changed_columns_are_refused(made: tuple[Store, Manifest]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
 from calotype.data import Stream, filters, foreign, open_dataset, scan, tar
 from calotype.data.elsewhere import Elsewhere, dataset_store, shards_at
 from calotype.data.files import FolderStore
-from calotype.data.manifest import load_dataset, versions_of
+from calotype.data.manifest import columns_key, load_dataset, versions_of
 from calotype.data.shards import Sample, existing_shard, iterate, keys_of, read_columns, read_sidecar
 from calotype.data.store import open_store
 from calotype.data.tables import table
@@ -704,5 +706,49 @@ def test_keys_in_columns_are_compared(theirs: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(room, "keys_of", lambda store, shard: (keys_of(store, shard) or [])[::-1])
     assert "holds other keys than the columns say" in verify(store, manifest)[0]
-    monkeypatch.setattr(room, "keys_of", lambda store, shard: ["a"])
-    assert "its columns have 1 rows" in verify(store, manifest)[0]
+
+
+def test_columns_must_have_a_row_for_every_sample(theirs: Path, tmp_path: Path) -> None:
+    foreign.index(str(tmp_path / "root"), "x", str(theirs))
+    store = dataset_store(str(tmp_path / "root"), "x")
+    manifest = load_dataset(store)
+    few, no_key, junk = io.BytesIO(), io.BytesIO(), b"PAR1 and then nothing"
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), few)
+    pyarrow.parquet.write_table(pyarrow.table({"name": ["a"] * manifest.shards[1].samples}), no_key)
+    rows = []
+    for row, data in zip(manifest.shards, [few.getvalue(), no_key.getvalue(), junk]):
+        store.write(columns_key(row.key), data)
+        rows.append(replace(row, columns_sha256=hashlib.sha256(data).hexdigest()))
+    wrong = verify(store, replace(manifest, shards=tuple(rows)))
+    said = ["has 1 rows, the manifest says 40", "has no column `key`", "cannot be read as Parquet"]
+    assert len(wrong) == 3
+    for what, expected in zip(wrong, said):
+        assert expected in what
+
+
+def test_a_file_that_the_disk_does_not_give_is_named_and_the_others_verified(theirs: Path, tmp_path: Path) -> None:
+    foreign.index(str(tmp_path / "root"), "x", str(theirs))
+    store = dataset_store(str(tmp_path / "root"), "x")
+    manifest = load_dataset(store)
+    (theirs / "part/00000.tar").unlink()
+    (theirs / "part/00000.tar").symlink_to("/proc/self/mem")  # reading its first page is an I/O error
+    (theirs / "part/00002.tar").write_bytes(b"")
+    wrong = verify(store, manifest)
+    assert len(wrong) == 2
+    assert "00000.tar cannot be read (Input/output error)" in wrong[0]
+    assert "00002.tar is cut" in wrong[1]
+
+
+def test_a_name_that_was_begun_elsewhere_is_refused(theirs: Path, tmp_path: Path) -> None:
+    root, other = str(tmp_path / "root"), tmp_path / "other"
+    other.mkdir()
+    write(other / "a.tar", 9)
+    (other / "b.tar").write_bytes((other / "a.tar").read_bytes()[:5000])  # cut: nothing is published
+    assert foreign.index(root, "x", str(other)).digest == ""
+    with pytest.raises(DataError, match=r"was begun with the shards at .*other: .*--name"):
+        foreign.index(root, "x", str(theirs))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "b.tar").write_bytes((other / "b.tar").read_bytes())
+    assert foreign.index(root, "y", str(tmp_path / "cut")).digest == ""
+    assert foreign.index(root, "y", str(theirs)).digest, "where nothing could be read nothing was begun"
+    assert shards_at(open_store(root).at("datasets", "y")) == str(theirs)

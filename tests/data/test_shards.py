@@ -10,6 +10,7 @@ import tarfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -246,6 +247,49 @@ def test_manifests_have_versions(store: Store, shard: Shard) -> None:
     for bad in (b"{}", b"[]", b"\xff", b'{"format":"calotype.dataset/9"}', b'{"format":"calotype.dataset/2"}'):
         with pytest.raises(DataError, match="manifest"):
             Manifest.from_bytes(bad)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"samples": "20"},
+        {"samples": 20.0},
+        {"samples": True, "chunk_samples": 1},
+        {"samples": None},
+        {"samples": 10**12, "chunk_samples": 1},
+        {"samples": 0},
+        {"bytes": -1},
+        {"bytes": float("inf")},
+        {"chunk_bytes": -1},
+        {"key": 7},
+        {"key": ["a"]},
+        {"split": {}},
+        {"sha256": None},
+        {"buckets": [[0, 30], [1, -10]]},
+        {"buckets": [[0, 20], [1, 0]]},
+        {"buckets": [[0.5, 20]]},
+        {"buckets": [20]},
+        {"buckets": 3},
+        {"name": 1},
+        {"members": [1]},
+        {"meta": []},
+        {"shards": None},
+        {"shards": [1]},
+        {"fields": None},
+    ],
+)
+def test_hostile_manifests_are_one_sentence(shard: Shard, odd: dict[str, Any]) -> None:
+    """The types and sizes of all that a manifest says: a listing of datasets must not end at one of them."""
+    found = json.loads(Manifest(DATASET, "x", ("png",), (shard,), {}).to_bytes())
+    assert Manifest.from_bytes(json.dumps(found).encode()).shards == (shard,)
+    for name, value in odd.items():
+        if name in found:
+            found[name] = value
+        else:
+            found["shards"][0][found["fields"].index(name)] = value
+    with pytest.raises(DataError, match="manifest") as caught:
+        Manifest.from_bytes(json.dumps(found).encode())
+    assert "\n" not in str(caught.value)
 
 
 def test_many_publishers_make_many_versions(store: Store, shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,46 @@ def test_reads_ranges_lists_and_deletes(store: Store) -> None:
     store.delete("a/one")
     store.delete("a/one")
     assert (store.exists("a/one"), store.exists("a/two"), store.exists("a")) == (False, True, False)
+
+
+def test_a_folder_that_cannot_be_listed_is_said_and_links_are_followed_once(tmp_path: Path) -> None:
+    root, away = tmp_path / "root", tmp_path / "away"
+    store = open_store(str(root))
+    store.write("a/one", b"1")
+    away.mkdir()
+    (away / "two").write_bytes(b"2")
+    (root / "link").symlink_to(away)
+    (root / "a" / "loop").symlink_to(root)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    assert [entry.key for entry in store.list()] == ["a/one", "link/two"]
+    assert store.folders() == ["a", "link"]
+    assert store.read("link/two") == b"2"
+
+
+def test_what_may_not_be_read_does_not_go_missing() -> None:
+    def others(root: Path, pipe: Connection) -> None:
+        if os.geteuid() == 0:  # root may always look
+            os.setgroups([])
+            os.setuid(65534)
+        store, said = open_store(str(root)), []
+        for look in (lambda: list(store.list()), lambda: store.read("secret/x"), store.folders):
+            try:
+                look()
+            except DataError as error:
+                said.append(str(error))
+        pipe.send(said)
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, "secret").mkdir(mode=0)
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=others, args=(Path(folder), theirs))
+        process.start()
+        said = ours.recv()
+        process.join()
+    assert len(said) == 3
+    assert "secret cannot be listed (Permission denied): check its owner" in said[0]
+    assert "secret/x cannot be read (Permission denied)" in said[1]
 
 
 def test_missing_names_the_full_uri(store: Store) -> None:

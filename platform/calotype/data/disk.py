@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -229,7 +230,7 @@ def _remove(root: int, path: str) -> None:
 
 def _in_flight(root: int, partial: str) -> int:
     """Bytes of a file that is being written; 0 if nobody holds its lock: its writer is dead, and it is removed."""
-    with suppress(FileNotFoundError), _opened(partial, os.O_RDWR, root) as file:
+    with suppress(FileNotFoundError, IsADirectoryError), _opened(partial, os.O_RDWR, root) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -245,5 +246,6 @@ def _entries(root: int, fan: str) -> list[tuple[int, int, str]]:
         for name in filter(_ENTRY.fullmatch, os.listdir(sub)):
             with suppress(FileNotFoundError):  # discarded meanwhile
                 status = os.stat(name, dir_fd=sub, follow_symlinks=False)
-                entries.append((status.st_mtime_ns, status.st_size, f"{fan}/{name}"))
+                if not stat.S_ISDIR(status.st_mode):  # which nobody here has made, and which cannot be unlinked
+                    entries.append((status.st_mtime_ns, status.st_size, f"{fan}/{name}"))
     return entries

@@ -42,9 +42,18 @@ def shards_at(home: Store) -> str:
     return place
 
 
+def begun_at(home: Store, uri: str) -> str:
+    """Where the foreign shards of a dataset lie: at `uri`, if nobody has said so before."""
+    return uri if home.publish(PLACE, _said(uri)) else shards_at(home)
+
+
 def put_at(home: Store, uri: str) -> None:
-    """Say where the foreign shards of a dataset lie."""
-    home.write(PLACE, canonical({"format": FORMAT, "shards_at": uri}))
+    """They lie at another place now."""
+    home.write(PLACE, _said(uri))
+
+
+def _said(uri: str) -> bytes:
+    return canonical({"format": FORMAT, "shards_at": uri})
 
 
 @dataclass(frozen=True)

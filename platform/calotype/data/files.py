@@ -11,6 +11,7 @@ import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -164,24 +165,20 @@ class FolderStore(Store):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder = self._folder(prefix.rpartition("/")[0])
         entries = []
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                path = Path(parent, name)
-                key = path.relative_to(self.path).as_posix()
-                if name.startswith(PARTIAL) or not key.startswith(prefix):
-                    continue
-                try:
+        for path in _files(folder):
+            key = path.relative_to(self.path).as_posix()
+            if key.startswith(prefix):
+                with suppress(FileNotFoundError):  # deleted since it was listed, or a link to nothing
                     status = path.stat()
-                except FileNotFoundError:  # deleted since it was listed
-                    continue
-                entries.append(Entry(key, status.st_size, status.st_mtime))
+                    entries.append(Entry(key, status.st_size, status.st_mtime))
         yield from sorted(entries, key=lambda entry: entry.key)
 
     def folders(self, prefix: str = "") -> Names:
         folder = self._folder(prefix.rstrip("/"))
         if not folder.is_dir():
             return []
-        return sorted(item.name for item in os.scandir(folder) if item.is_dir() and _holds_file(Path(item.path)))
+        found = (Path(item.path) for item in os.scandir(folder) if item.is_dir())
+        return sorted(path.name for path in found if next(_files(path), None))
 
     def exists(self, key: str) -> bool:
         return (self.path / checked(key, self.uri)).is_file()
@@ -202,12 +199,16 @@ class FolderStore(Store):
     def _folder(self, prefix: str) -> Path:
         return self.path / checked(prefix, self.uri) if prefix else self.path
 
-    def _opened(self, key: str) -> BinaryIO:
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[BinaryIO]:
         path = self.path / checked(key, self.uri)
         try:
-            return open(path, "rb")
+            with open(path, "rb") as file:
+                yield file
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise Missing(f"{path} does not exist") from error
+        except OSError as error:  # no permission, or a disk that fails: of this file, others may be sound
+            raise DataError(f"{path} cannot be read ({error.strerror}): check its owner, and the disk") from error
 
     def _partial(self, key: str, data: bytes | Path) -> tuple[Path, Path]:
         """The bytes on disk under a name that no listing shows, and the name they are to get."""
@@ -237,5 +238,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _holds_file(folder: Path) -> bool:
-    return any(not name.startswith(PARTIAL) for _, _, names in os.walk(folder) for name in names)
+def _files(folder: Path) -> Iterator[Path]:
+    """Every published file below, links to folders followed; none twice, as where a link leads back up.
+
+    Raises:
+        DataError: a folder cannot be listed: what lies in it must not go missing without a word.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # removed since it was listed, or never made
+            raise DataError(f"{error.filename} cannot be listed ({error.strerror}): check its owner") from error
+
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        with suppress(FileNotFoundError):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        yield from (Path(parent, name) for name in names if not name.startswith(PARTIAL))

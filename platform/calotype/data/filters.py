@@ -2,7 +2,8 @@
 
 A selection is one bit per sample, in the manifest's order, stored under the digest of what it was made from:
 
-    datasets/NAME/selections/<id>.bits     packed, shard after shard, each beginning a byte
+    datasets/NAME/selections/<id>.bits     a line of JSON: counts and the SHA-256 of the rest
+                                           bits, packed, shard after shard, each beginning a byte
 
 It is made once, where the job is submitted, so that no worker reads columns.
 """
@@ -10,22 +11,27 @@ It is made once, where the job is submitted, so that no worker reads columns.
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from calotype.data.manifest import Manifest, Shard, canonical
-from calotype.data.shards import read_columns
+from calotype.data.manifest import Manifest, Shard, canonical, parsed
+from calotype.data.shards import columns_of
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import ConfigError, DataError
 
 READERS = 16  # columns read at once
 OPERATORS = ("==", "=", "!=", "<", "<=", ">", ">=", "in", "not in")
+PLAIN = (str, int, float, bool)  # values that columns are compared with
+FORMAT = "calotype.selection/1"
+
+log = logging.getLogger(__name__)
 
 Bits = npt.NDArray[np.bool_]
 
@@ -48,11 +54,11 @@ def takedown_keys(uri: str) -> frozenset[str]:
 def selection_id(dataset_digest: str, conditions: Sequence[Any], taken_down: Collection[str]) -> str:
     """32 hex digits: another dataset version, filter or list has another."""
     lost = hashlib.sha256("\n".join(sorted(taken_down)).encode()).hexdigest()
-    return hashlib.sha256(canonical([dataset_digest, list(conditions), lost])).hexdigest()[:32]
+    return hashlib.sha256(canonical([FORMAT, dataset_digest, list(conditions), lost])).hexdigest()[:32]
 
 
 def publish(store: Store, manifest: Manifest, conditions: Sequence[Any], taken_down: Collection[str]) -> str:
-    """Make a selection, unless it is there; its id.
+    """Make a selection, unless it is there; its id.  Says how much it leaves, and how many keys it found.
 
     Args:
         conditions: [[column, operator, value], ...], all of which must hold, as pyarrow's `filters` takes them; or a
@@ -63,29 +69,58 @@ def publish(store: Store, manifest: Manifest, conditions: Sequence[Any], taken_d
         ConfigError: no such column or operator, or nothing is left.
         DataError: columns are missing or changed.
     """
+    _check(conditions)
     name = selection_id(manifest.digest, conditions, taken_down)
     if store.exists(_key(name)):
+        _say(_read(store, name)[0], manifest)
         return name
-    _check(conditions)
 
-    def kept(shard: Shard) -> Bits:
+    def kept(shard: Shard) -> tuple[Bits, int]:
         return _kept(store, shard, conditions, taken_down)
 
     with ThreadPoolExecutor(READERS, "columns") as pool:
         parts = list(pool.map(kept, manifest.shards))
-    if not any(part.any() for part in parts):
+    left = sum(int(part.sum()) for part, _ in parts)
+    if not left:
         raise ConfigError(f"data.filter={list(conditions)} with data.takedown leaves none of {manifest.name}'s samples")
-    store.publish(_key(name), b"".join(np.packbits(part).tobytes() for part in parts))
+    bits = b"".join(np.packbits(part).tobytes() for part, _ in parts)
+    head = {"format": FORMAT, "sha256": hashlib.sha256(bits).hexdigest(), "kept": left}
+    head |= {"taken_down": len(taken_down), "found": sum(found for _, found in parts)}
+    store.publish(_key(name), canonical(head) + bits)
+    _say(head, manifest)
     return name
+
+
+def _say(head: Mapping[str, Any], manifest: Manifest) -> None:
+    """What a selection comes to.  A list of which no key is found is a list of something else, more often than not."""
+    samples = sum(shard.samples for shard in manifest.shards)
+    log.info("%s: %d of %d samples are left by data.filter and data.takedown", manifest.name, head["kept"], samples)
+    if head["taken_down"]:
+        level = logging.INFO if head["found"] == head["taken_down"] else logging.WARNING
+        log.log(level, "data.takedown: %d of its %d keys are in %s", head["found"], head["taken_down"], manifest.name)
+
+
+def _read(store: Store, name: str) -> tuple[dict[str, Any], bytes]:
+    """What a selection says of itself, and its bits.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    line, _, bits = store.read(_key(name)).partition(b"\n")
+    where = f"{store.uri}/{_key(name)}"
+    head = parsed(line, where, FORMAT)
+    if head.get("sha256") != hashlib.sha256(bits).hexdigest():
+        raise DataError(f"{where} is damaged or was changed: delete it and submit again")
+    return head, bits
 
 
 def load(store: Store, name: str, manifest: Manifest) -> dict[str, Bits]:
     """Shard key -> which of its samples count.
 
     Raises:
-        DataError: it is not there, or of another manifest.
+        DataError: it is not there, damaged, or of another manifest.
     """
-    data = np.frombuffer(store.read(_key(name)), np.uint8)
+    data = np.frombuffer(_read(store, name)[1], np.uint8)
     if len(data) != sum(-(-shard.samples // 8) for shard in manifest.shards):
         raise DataError(f"{store.uri}/{_key(name)} is no selection of this version of {manifest.name}: submit again")
     made, first = {}, 0
@@ -107,42 +142,52 @@ def _key(name: str) -> str:
 
 
 def _check(conditions: Sequence[Any]) -> None:
-    alternatives = conditions if _nested(conditions) else [conditions]
-    for one in (one for part in alternatives for one in part):
-        if not isinstance(one, Sequence) or len(one) != 3 or one[1] not in OPERATORS or not isinstance(one[0], str):
+    parts = (part if isinstance(part, list | tuple) else [part] for part in _alternatives(conditions))
+    for one in chain.from_iterable(parts):
+        triple = isinstance(one, list | tuple) and len(one) == 3 and isinstance(one[0], str) and one[1] in OPERATORS
+        listed = triple and isinstance(one[2], list | tuple)
+        plain = triple and all(isinstance(value, PLAIN) for value in (one[2] if listed else [one[2]]))
+        if not plain or listed != (one[1] in ("in", "not in")):
             raise ConfigError(
-                f"data.filter has {one!r}: write [column, operator, value] with one of {', '.join(OPERATORS)}"
+                f"data.filter has {one!r}: write [column, operator, value] with one of {', '.join(OPERATORS)} and a "
+                "number or text, of which `in` and `not in` take a list"
             )
 
 
-def _nested(conditions: Sequence[Any]) -> bool:
-    return bool(conditions) and bool(conditions[0]) and not isinstance(conditions[0][0], str)
+def _alternatives(conditions: Sequence[Any]) -> Sequence[Any]:
+    """Lists of conditions, one of which must hold: one list of conditions is the only alternative."""
+    first = conditions[0] if conditions else None
+    nested = isinstance(first, list | tuple) and bool(first) and not isinstance(first[0], str)
+    return conditions if nested else [conditions]
 
 
-def _kept(store: Store, shard: Shard, conditions: Sequence[Any], taken_down: Collection[str]) -> Bits:
+def _kept(store: Store, shard: Shard, conditions: Sequence[Any], taken_down: Collection[str]) -> tuple[Bits, int]:
+    """(which samples count, how many are taken down)."""
     import pyarrow
-    import pyarrow.compute
     import pyarrow.parquet
 
-    data = read_columns(store, shard)
-    if data is None:
+    table = columns_of(store, shard)
+    if table is None:
         raise ConfigError(f"{store.uri}/{shard.key} has no columns: data.filter and data.takedown need them")
-    table = pyarrow.parquet.read_table(io.BytesIO(data))
     kept = np.ones(shard.samples, np.bool_)
     if conditions:
-        parts = [[tuple(one) for one in part] for part in (conditions if _nested(conditions) else [conditions])]
+        parts = [[tuple(one) for one in part] for part in _alternatives(conditions)]
         for name in {name for part in parts for name, _, _ in part} - set(table.column_names):
             raise ConfigError(
                 f"data.filter names the column {name!r}, the samples have {', '.join(table.column_names)}"
             )
-        numbered = table.append_column("__row__", pyarrow.array(np.arange(shard.samples)))
+        row = "row"
+        while row in table.column_names:
+            row += "_"
+        numbered = table.append_column(row, pyarrow.array(np.arange(shard.samples)))
         try:
-            rows = numbered.filter(pyarrow.parquet.filters_to_expression(parts))["__row__"].to_numpy()
+            rows = numbered.filter(pyarrow.parquet.filters_to_expression(parts))[row].to_numpy()
         except (pyarrow.ArrowException, TypeError, ValueError) as error:
             raise ConfigError(
                 f"data.filter={list(conditions)} cannot be applied ({error}): compare like with like"
             ) from error
         kept = np.isin(np.arange(shard.samples), rows)
-    if taken_down:
-        kept &= np.fromiter((key not in taken_down for key in table["key"].to_pylist()), np.bool_, shard.samples)
-    return kept
+    if not taken_down:
+        return kept, 0
+    lost = np.fromiter((key in taken_down for key in table["key"].to_pylist()), np.bool_, shard.samples)
+    return kept & ~lost, int(lost.sum())

@@ -7,6 +7,7 @@ run again reads new shards only.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from calotype.data.shards import SIDECAR, publish_columns, publish_sidecar, row_
 from calotype.data.store import Entry, Store, open_store
 from calotype.data.threads import Memory, Passed, Told, over
 from calotype.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 WINDOW = 8 * 2**20  # bytes of a shard in memory, and of one range GET
 KIND = "webdataset"  # of the source, in the manifest
@@ -80,7 +83,7 @@ def index(root: str, name: str, uri: str, jobs: int = 8, share: float = 0.0, tol
     home, place = open_store(root).at("datasets", name), open_store(uri)
     tars, beside = _listed(place)
     _check_shares([entry.key for entry in tars], share, place)
-    _check_moved(home, place, {elsewhere.PREFIX + entry.key for entry in tars})
+    moved = _check_moved(home, place, {elsewhere.PREFIX + entry.key for entry in tars})
     known, new, bad = _known(home, place, tars, jobs)
     read = _read_all(home, place, new, sum(entry.size for entry in tars), jobs, told)
     known |= {key: found for key, found in read.items() if isinstance(found, Known)}
@@ -98,7 +101,10 @@ def index(root: str, name: str, uri: str, jobs: int = 8, share: float = 0.0, tol
     digest = ""
     if not bad:
         meta = {"source": {"kind": KIND, "held_out": share}, "quarantined": [], "passed_by": passed}
-        elsewhere.put_at(home, place.uri)
+        if moved:
+            elsewhere.put_at(home, place.uri)
+        elif (now := elsewhere.shards_at(home)) != place.uri:
+            raise DataError(f"{home.uri} is being indexed from {now} at the same time: choose another --name")
         digest = publish_dataset(home, Manifest(DATASET, name, members, rows, meta))
     fresh = frozenset(elsewhere.PREFIX + entry.key for entry in new)
     return Indexed(digest, rows, members, fresh, passed, dict(beside), tuple(sorted(bad)))
@@ -141,11 +147,23 @@ def _check_shares(keys: Sequence[str], share: float, place: Store) -> None:
         )
 
 
-def _check_moved(home: Store, place: Store, keys: set[str]) -> None:
-    """A name may move to another place with all of its shards; one that lacks some is another dataset."""
-    before = elsewhere.shards_at(home)
-    if not before or before == place.uri or not versions_of(home):
-        return
+def _check_moved(home: Store, place: Store, keys: set[str]) -> bool:
+    """Whether a dataset moves to this place, as it may with all of its shards; a new one is begun here.
+
+    Raises:
+        DataError: it is another dataset: shards are missing, or one of this name is being made from another place.
+    """
+    before = elsewhere.begun_at(home, place.uri)
+    if before == place.uri:
+        return False
+    if not versions_of(home):
+        if next(home.list(elsewhere.PREFIX), None):
+            raise DataError(
+                f"{home.uri} was begun with the shards at {before}: index those to the end first, or choose another "
+                "--name"
+            )
+        elsewhere.put_at(home, place.uri)  # nothing of it was read there
+        return False
     lost = [one.key for one in load_dataset(home).shards if one.key.startswith(elsewhere.PREFIX)]
     lost = sorted(set(lost) - keys)
     if lost:
@@ -153,6 +171,11 @@ def _check_moved(home: Store, place: Store, keys: set[str]) -> None:
             f"{home.uri} has {lost[0].removeprefix(elsewhere.PREFIX)} from {before}, which {place.uri} lacks: "
             "copy it there, or give these shards another --name"
         )
+    log.warning(
+        "%s moves from %s: the shards there that have the same names and sizes are taken to be the same; "
+        "`calotype data verify` reads them all", home.uri, before,
+    )  # fmt: skip
+    return True
 
 
 def _known(

@@ -17,6 +17,7 @@ from calotype.errors import DataError
 
 DATASET, CACHE = "calotype.dataset/2", "calotype.cache/2"
 DATASETS, CACHES = (DATASET, "calotype.dataset/1"), (CACHE, "calotype.cache/1")  # of v1, rows lack the last two
+MAX_CHUNKS = 2**20  # of one shard: a row of a few bytes must not ask for memory without end
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Shard:
 
 
 ROW = tuple(item.name for item in fields(Shard))
+_KINDS = tuple((item.name, {"int": int, "str": str}.get(str(item.type), tuple)) for item in fields(Shard))
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class Manifest:
         if found.get("format") not in (*DATASETS, *CACHES):
             raise DataError(f"a manifest of format {found.get('format')!r} is newer or other than {DATASET}, {CACHE}")
         try:
-            names = found["fields"]
+            names, (name, members, meta) = found["fields"], (found[key] for key in ("name", "members", "meta"))
+            if not (isinstance(name, str) and isinstance(meta, dict) and all(isinstance(one, str) for one in members)):
+                raise TypeError("its name, members or meta are no such")
             rows = (dict(zip(names, row, strict=True)) for row in found["shards"])
-            shards = tuple(shard_of(row) for row in rows)
-            head = (found["format"], found["name"], tuple(found["members"]))
-            return Manifest(*head, shards, found["meta"])
+            return Manifest(found["format"], name, tuple(members), tuple(shard_of(row) for row in rows), meta)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"a manifest of format {found['format']} lacks or has too much of: {error}") from error
 
@@ -110,11 +112,18 @@ class Manifest:
 def shard_of(row: dict[str, Any]) -> Shard:
     """
     Raises:
-        ValueError: numbers that no shard can have.
+        ValueError, TypeError: what no shard can have.
     """
-    shard = Shard(**row | {"buckets": tuple((int(bucket), int(size)) for bucket, size in row.get("buckets", ()))})
-    counted = sum(samples for _, samples in shard.buckets) if shard.buckets else shard.samples
-    if not (shard.samples > 0 < shard.chunk_samples and shard.bytes > 0 and counted == shard.samples):
+    shard = Shard(**row | {"buckets": tuple((bucket, size) for bucket, size in row.get("buckets", ()))})
+    for name, kind in _KINDS:
+        if type(value := getattr(shard, name)) is not kind:
+            raise TypeError(f"{name} {value!r} of shard {shard.key!r} is no {kind.__name__}")
+    parts = [number for part in shard.buckets for number in part]
+    if any(type(number) is not int or number < 0 for number in parts) or 0 in parts[1::2]:
+        raise ValueError(f"buckets of shard {shard.key!r}: {shard.buckets[:3]} ...")
+    counted = sum(parts[1::2]) if shard.buckets else shard.samples
+    sound = shard.samples > 0 < shard.chunk_samples and shard.bytes > 0 <= shard.chunk_bytes
+    if not sound or counted != shard.samples or shard.samples // shard.chunk_samples > MAX_CHUNKS:
         raise ValueError(f"shard {shard.key!r} of {shard.samples} samples in chunks of {shard.chunk_samples}")
     return shard
 
@@ -143,13 +152,17 @@ def parsed(data: bytes, what: str, *expected: str) -> dict[str, Any]:
         DataError: not a JSON object, or of a format other than those expected.
     """
     try:
-        found = json.loads(data)
+        found = json.loads(data, parse_constant=_no_number)
         assert isinstance(found, dict)
     except (ValueError, AssertionError, RecursionError) as error:
         raise DataError(f"{what} is not the JSON it should be: {error}") from error
     if expected and found.get("format") not in expected:
         raise DataError(f"{what} has format {found.get('format')!r}, this version reads {', '.join(expected)}")
     return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 # -------------------------------------------------------------------------------------------- datasets

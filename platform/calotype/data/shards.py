@@ -327,10 +327,33 @@ def read_columns(store: Store, shard: Shard) -> bytes | None:
     return data
 
 
-def keys_of(store: Store, shard: Shard) -> list[str] | None:
-    """Keys of the shard's samples, from its columns; None where it has none."""
+def columns_of(store: Store, shard: Shard, names: list[str] | None = None) -> Any | None:
+    """The shard's columns (all, or those named) as a pyarrow table of a row per sample; None where it has none.
+
+    Raises:
+        DataError: they were changed, are no Parquet, lack a column, or have not a row for every sample.
+    """
+    import pyarrow
     import pyarrow.parquet
 
     if (data := read_columns(store, shard)) is None:
         return None
-    return list(pyarrow.parquet.read_table(io.BytesIO(data), columns=["key"])["key"].to_pylist())
+    where = f"{store.uri}/{columns_key(shard.key)}"
+    try:
+        with pyarrow.parquet.ParquetFile(io.BytesIO(data)) as file:
+            rows = file.metadata.num_rows
+            if rows != shard.samples:  # said before memory is made for as many
+                raise DataError(f"{where} has {rows} rows, the manifest says {shard.samples} samples")
+            return file.read(names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{where} cannot be read as Parquet ({error}): prepare or index the shard again") from error
+
+
+def keys_of(store: Store, shard: Shard) -> list[str] | None:
+    """Keys of the shard's samples, from its columns; None where it has none."""
+    table = columns_of(store, shard, ["key"])
+    if table is None:
+        return None
+    if table.column_names != ["key"]:
+        raise DataError(f"{store.uri}/{columns_key(shard.key)} has no column `key`: prepare or index the shard again")
+    return list(table["key"].to_pylist())
