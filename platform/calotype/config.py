@@ -157,7 +157,7 @@ class Stream:
     memory_mb: int = setting(2_048, "MiB that one worker's reading takes, ahead as far as it goes", identity=False)
     readers: int = setting(8, "parallel range GETs of one worker", identity=False)
     workers: int = setting(0, "loader processes of one worker; 0 reads and decodes in threads", identity=False)
-    on_error: str = setting("strict", "strict | quarantine: leave damaged samples out, by name", identity=False)
+    on_error: str = setting("strict", "strict | quarantine: train without damaged samples, by name", identity=False)
     error_budget: int = setting(0, "samples that quarantine may leave out before the job fails", identity=False)
     cache: str = setting("", "folder on a local disk that keeps chunks, for all workers of a node", identity=False)
     cache_gb: float = setting(50.0, "GB that stream.cache may hold; what was used longest ago goes", identity=False)

@@ -89,6 +89,17 @@ def test_what_passes_is_ridden_out(
     assert sum(proxy.counts().faults.values()) > before
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeated_reads_are_counted(served: tuple[Dataset, list[str]], proxy: Proxy, workers: int) -> None:
+    proxy.faults(Faults(seed=1, only=r"\.tar$", slow_down=0.5))
+    reading = Reading(readers=2, workers=workers)
+    with closing(Stream(served[0], seed=1, batch=BATCH, arrays=["x"], reading=reading)) as stream:
+        assert stream.retries == 0
+        for _ in islice(stream, 3 * EPOCH):
+            pass
+        assert 0 < stream.retries <= proxy.counts().faults["slow_down"]
+
+
 @pytest.mark.parametrize("kind", ["refuse", "hang"])
 @pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.chaos)])
 def test_a_black_out_is_ridden_out(

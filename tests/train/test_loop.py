@@ -277,4 +277,5 @@ def test_what_is_left_out_weighs_nothing_and_is_named(record: Record, notes: Not
     with pytest.raises(DataError, match=r"3 samples were left out, more than stream\.error_budget=2.*sample 10"):
         loop.run(third, more, Worker(), record)
     strict = settings(images=2 * BATCH)
-    assert "left_out" not in loop.run(task(strict), strict, Worker())
+    assert not {"left_out", "read_retries"} & loop.run(task(strict), strict, Worker()).keys()
+    assert loop.run(replace(task(strict), retries=lambda: 7), strict, Worker())["read_retries"] == 7

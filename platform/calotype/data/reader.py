@@ -15,6 +15,7 @@ import numpy.typing as npt
 from calotype.data.chunks import Bad, Chunk, Chunks, Reading, largest_chunk
 from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
+from calotype.data.get import counts
 from calotype.data.schedule import Schedule
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
@@ -47,6 +48,7 @@ class Rows:
         arrays: name -> (n, ...); zeros for samples that are left out.
         samples: instead of arrays; None for samples that are left out.
         skipped: (row, reason) of those.
+        retries: requests that this process had to repeat since it made the rows before.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Rows:
     arrays: dict[str, Array] = field(default_factory=dict)
     samples: list[Sample | None] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Reader:
         self._layouts, self._datasets, self._reading = layouts, datasets, reading
         self._arrays, self._decode, self._threads = tuple(arrays), decode, threads
         self._like: dict[int, dict[str, tuple[tuple[int, ...], Any]]] = {}  # bucket -> shape and dtype of a row
+        self._retries = counts.retries
         self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
         _check_memory(datasets, order, slots, reading, self.schedule)
 
@@ -157,7 +161,8 @@ class Reader:
             found.append((chunk, index if rows is None else int(rows[index])))
         keys = [c.table.keys[i] if isinstance(c, Chunk) else c.keys[i] for c, i in found]
         skipped = [(row, c.reason) for row, (c, _) in enumerate(found) if isinstance(c, Bad)]
-        made = Rows(step.step, step.positions, keys, skipped=skipped)
+        made = Rows(step.step, step.positions, keys, skipped=skipped, retries=counts.retries - self._retries)
+        self._retries += made.retries
         if self._arrays:
             self._gather(made, found)
         elif pool is not None and self._decode is not None:

@@ -113,6 +113,7 @@ class Stream(Iterable[Batch]):
             raise ConfigError(f"until={until} is no position: 0 is for a stream without an end")
         self.arrays, self.decode = tuple(arrays), decode
         self.skipped: dict[str, str] = {}  # id -> reason, of samples that quarantine left out here
+        self.retries = 0  # requests that had to be repeated here
         self._position, self._stop = 0, threading.Event()
         self._reader = Reader(self.datasets, self.order, self.slots, self.reading, self.arrays, decode, self._threads())
 
@@ -201,6 +202,7 @@ class Stream(Iterable[Batch]):
         return self.reading.decoders or cores
 
     def _batch(self, rows: Rows, wait: float) -> Batch:
+        self.retries += rows.retries
         present = np.ones(len(rows.keys), np.bool_)
         for row, reason in rows.skipped:
             present[row] = False
@@ -343,6 +345,7 @@ def _joined(processes: list[_Process]) -> Iterator[Rows]:
             return
         assert len(sent) == len(processes), "all take the same steps: part of a batch must not pass for one"
         made, first = Rows(sent[0].rows.step, np.concatenate([one.rows.positions for one in sent]), []), 0
+        made.retries = sum(one.rows.retries for one in sent)
         parts = [process.arrays(one) for process, one in zip(processes, sent)]
         for one in sent:
             made.keys += one.rows.keys

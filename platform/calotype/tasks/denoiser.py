@@ -123,6 +123,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         engines={NAME: engine},
         batches=stream.at,
         left_out=stream.left_out,
+        retries=lambda: stream.retries,
         where=stream.where,
         prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
         step=step,

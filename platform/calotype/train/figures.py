@@ -30,8 +30,8 @@ class Clock:
 class Meter:
     """Sums on the device, read with one collective."""
 
-    def __init__(self, worker: Worker, batch: int, engines: Collection[str]) -> None:
-        self.worker, self.batch = worker, batch
+    def __init__(self, worker: Worker, batch: int, engines: Collection[str], retries: Callable[[], int] = int) -> None:
+        self.worker, self.batch, self.retries = worker, batch, retries
         self.shown = dict.fromkeys(engines, "loss") if len(engines) == 1 else {}
         self.reset()
 
@@ -61,10 +61,11 @@ class Meter:
         began = time.monotonic()
         names = list(self.sums)
         waiting = torch.tensor(self.waited / self.worker.world).double().to(self.worker.device)
-        vector = torch.stack([*(self.sums[name] for name in names), waiting])
+        retries = torch.tensor(self.retries()).double().to(self.worker.device)
+        vector = torch.stack([*(self.sums[name] for name in names), waiting, retries])
         if self.worker.world > 1:
             dist.all_reduce(vector)
-        *values, waited = vector.tolist()  # waits for the device: so the time counts as training
+        *values, waited, retried = vector.tolist()  # waits for the device: so the time counts as training
         assert self.norms is not None
         seconds = self.seconds + time.monotonic() - began
         images = self.steps * self.batch
@@ -75,6 +76,8 @@ class Meter:
         figures["lr"] = self.rate
         figures["images_per_second"] = images / max(seconds, 1e-9)
         figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
+        if retried:  # of this attempt: where it rises, the store throttles, or the network fails
+            figures["read_retries"] = retried
         self.reset()
         return figures
 

@@ -51,6 +51,7 @@ class Task:
         validate: collective -> figures to log.
         draw: collective -> a PIL image on rank 0.
         left_out: ids and reasons of samples that this rank's batches lack.
+        retries: reads that this rank had to repeat so far.
         where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
@@ -62,6 +63,7 @@ class Task:
     validate: Callable[[], Mapping[str, float]] = dict
     draw: Callable[[], Any] = lambda: None
     left_out: Callable[[], Mapping[str, str]] = dict
+    retries: Callable[[], int] = int
     where: Callable[[int], str] = "cursor {:,}".format
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
@@ -85,7 +87,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     state = resume(task, worker, record)
     images, clock = int(state["images"] if state else 0), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
     began = runs.first_attempt_started(record) if record else time.time()
-    meter = Meter(worker, batch, task.engines)
+    meter = Meter(worker, batch, task.engines, task.retries)
     left_out = LeftOut(worker, config, record, task.left_out, state.get("left_out", {}))
     figures: dict[str, Any] = dict(state.get("figures", {}))
     start = images
