@@ -44,7 +44,7 @@ from tables import reach, table  # noqa: E402
 
 MEASURED = Path(__file__).with_name("measured.py")
 ROUTES: dict[str, dict[str, float]] = {"capped": {"rate": 90e6, "delay": 0.030}, "direct": {}}
-LIMITS = [(name, connections) for name in ("limit-obstore", "limit-http") for connections in (4, 8, 16)]
+LIMITS = ("limit-obstore", "limit-http")
 OURS = ("calotype", "webdataset", "limit-http", "pool")  # the others' libraries live in an environment of their own
 READERS = ("calotype", "webdataset", "mosaicml", "litdata", "spdl", "limit")
 PEERS = ROOT / ".venv-peers" / "bin" / "python"  # `make peers` makes it
@@ -201,22 +201,23 @@ def _pss(pid: int) -> int:
     return total
 
 
-def turns(kind: str, names: list[str], workers: list[int]) -> list[tuple[str, int, int]]:
+def turns(kind: str, options: argparse.Namespace) -> list[tuple[str, int, int]]:
     """(entrant, workers, connections) of one round."""
+    names, most = options.entrants, options.connections
     if kind == "jpeg":
-        return [(name, 2, 16) for name in ("calotype", "webdataset", "pool") if name in (*names, "pool")]
-    limits = [(name, 0, connections) for name, connections in LIMITS] if "limit" in names else []
-    return limits + [(name, n, 16) for n in workers for name in names if name != "limit"]
+        return [(name, 2, most) for name in ("calotype", "webdataset", "pool") if name in (*names, "pool")]
+    limits = [(name, 0, most // part) for name in LIMITS for part in (4, 2, 1)] if "limit" in names else []
+    return limits + [(name, n, most) for n in options.workers for name in names if name != "limit"]
 
 
 def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> Generator[dict[str, Any], None, None]:
     """All runs of one kind of samples, as they end."""
     shards, each = samples.KINDS[kind].shards(options.gigabytes)
     bucket = f"bench-{secrets.token_hex(5)}"
-    plan = [turn for turn in turns(kind, options.entrants, options.workers) if turn[0] not in missing]
+    plan = [turn for turn in turns(kind, options) if turn[0] not in missing]
     with tempfile.TemporaryDirectory(prefix="calotype-bench-") as folder:
         tars = [f"{number:05d}.tar" for number in range(shards)]
-        spec = Spec("", kind, 0, bucket, tars, shards * each, folder)
+        spec = Spec("", kind, 0, bucket, tars, shards * each, folder, step=options.step_ms / 1e3)
         log(f"{kind}: {samples.KINDS[kind].about}; {shards} shards of {each}")
         own = [form for form, name in (("mds", "mosaicml"), ("litdata", "litdata")) if name in {t[0] for t in plan}]
         try:
@@ -293,6 +294,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=list(samples.KINDS), default=list(samples.KINDS))
     parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES))
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2], help="loader processes")
+    parser.add_argument("--connections", type=int, default=16, help="at once, of each reader (default %(default)s)")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="that the consumer takes for a batch, as training")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of tensors, of the first kind")
     parser.add_argument("--quick", action="store_true", help="one round of 0.1 GB")
@@ -300,6 +303,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--peers-python", default=peers, help="an interpreter that has what peers.txt names")
     parser.add_argument("--json", type=Path, help="a file for every run's figures")
     options = parser.parse_args()
+    if options.connections < 4:
+        parser.error("--connections must be at least 4: the limits are measured with a quarter, half and all of them")
     if options.quick:
         options.rounds, options.gigabytes = 1, 0.1
     return options
@@ -312,7 +317,7 @@ def main() -> None:
 
         subprocess.run([sys.executable, "-m", "calotype", "up"], check=True, env=quiet())
         load_services()
-    names = {turn[0] for kind in options.kinds for turn in turns(kind, options.entrants, options.workers)}
+    names = {turn[0] for kind in options.kinds for turn in turns(kind, options)}
     missing = absent(sorted(names), options.peers_python)
     for name, why in missing.items():
         log(f"without {name}: {why}")
