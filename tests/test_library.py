@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,10 @@ from calotype.data.manifest import CACHE, Manifest
 from calotype.data.npy import to_npy
 from calotype.data.shards import write_shard
 from calotype.data.store import open_store
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-LINES = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+LOOP, MIXTURE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def test_the_readmes_loop_runs(tmp_path: Path) -> None:
@@ -32,11 +36,11 @@ def test_the_readmes_loop_runs(tmp_path: Path) -> None:
     meta = {"encoding": encoding, "channel_mean": [3.0] * 4, "channel_std": [3.3] * 4}
     manifest = Manifest(CACHE, "toy", ("latent.npy", "text.npy"), (row,), meta)
     root.at("caches", "abc").publish("manifest.json", manifest.to_bytes())
-    assert LINES is not None
-    program = LINES[1].replace("s3://calotype", str(tmp_path)).replace('"CACHE"', '"abc"')
+    program = LOOP.replace("s3://calotype", str(tmp_path)).replace('"CACHE"', '"abc"')
     program += """    if batch.step == 3:
         break
-assert stream.state_dict() == batch.cursor == {"position": 1024}
+assert stream.state_dict() == batch.cursor
+assert batch.cursor["position"] == 1024
 import sys
 assert not {"ray", "deepspeed", "mlflow"} & set(sys.modules)
 """
@@ -46,3 +50,38 @@ assert not {"ray", "deepspeed", "mlflow"} & set(sys.modules)
     lines = done.stdout.splitlines()
     assert lines[1].startswith("cursor 512: epoch 2, sample 0 of 512 tensor(1.")
     assert len(lines) == 4
+
+
+def test_the_readmes_mixture_of_shards_in_folders_runs(tmp_path: Path) -> None:
+    dice = np.random.default_rng(0)
+    for name in ("own", "more"):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "0.tar", "w") as tar:
+            for number in range(128):
+                image = io.BytesIO()
+                Image.fromarray(dice.integers(0, 255, (8, 8, 3), np.uint8)).save(image, "JPEG")
+                about = json.dumps({"width": 512 * (number % 4)}).encode()
+                for suffix, data in (("jpg", image.getvalue()), ("json", about)):
+                    info = tarfile.TarInfo(f"cat-{number:03d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "yours.py").write_text(
+        "import io, numpy\n"
+        "from PIL import Image\n"
+        "def decode(sample):\n"
+        "    return {'image': numpy.asarray(Image.open(io.BytesIO(sample.members['jpg'])))}\n"
+    )
+    environment = {"PYTHONPATH": f"{ROOT / 'platform'}:{tmp_path}", "PATH": "", "HOME": str(tmp_path)}
+    for name in ("own", "more"):
+        command = ["data", "index", str(tmp_path / name), "--name", name, "--root", str(tmp_path / "root")]
+        subprocess.run([sys.executable, "-m", "calotype", *command], env=environment, check=True, timeout=120)
+    program = MIXTURE.replace('"ROOT"', repr(str(tmp_path / "root"))).replace("/tmp/chunks", str(tmp_path / "chunks"))
+    program += """    if batch["cursor"]["position"] == 64 * 5:
+        break
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[:2] == [
+        "torch.Size([64, 8, 8, 3]) tensor(True) 64", "torch.Size([64, 8, 8, 3]) tensor(True) 128"
+    ]  # fmt: skip
+    assert any((tmp_path / "chunks").rglob("*.chunk"))

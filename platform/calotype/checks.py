@@ -57,7 +57,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.log_every": (1, 1e15),
     "train.checkpoint_every": (1, 1e15),
     "train.keep": (1, 1e6),
-    "stream.memory_mb": (1, 1e7),
+    "stream.memory_mb": (0, 1e7),
     "stream.readers": (1, 256),
     "stream.workers": (0, 256),
     "stream.error_budget": (0, 1e12),

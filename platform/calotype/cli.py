@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from calotype import __version__, compose, console, datasets, listing, runs, track
+from calotype import __version__, compose, console, data_verbs, listing, runs, track
 from calotype.config import JOBS
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
@@ -373,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
     listed.add_argument("name", nargs="?", default="", help="name or identity")
     listed.add_argument("--json", action="store_true", help="for programs")
     root(listed)
-    datasets.add_to(verbs)
+    data_verbs.add_to(verbs)
     out = verb("export", "write a diffusers folder that StableDiffusionPipeline loads", export)
     out.add_argument("run", metavar="RUN", help="run:NAME or identity of a train_denoiser run")
     out.add_argument("folder", metavar="DIR")
@@ -388,7 +388,7 @@ def main() -> None:
         load_services()
         if sys.argv[1:2] == ["submit"]:
             sys.exit(submit(sys.argv[2:]))
-        args = parser().parse_args()
+        args = parser().parse_args(sys.argv[1:] or ["--help"])
         sys.exit(args.call(args))
 
 

@@ -261,7 +261,10 @@ def identity_fields(config: Any) -> dict[str, Any]:
     Left out defaults mean that a field added later never orphans an old run.
     """
     if isinstance(config, Data | Autoencoder) and config.digest:
-        return {"digest": config.digest}  # resolved: the content stands for how it came to be
+        resolved = {"digest": config.digest}  # the content stands for how it came to be
+        if isinstance(config, Data) and config.selection:
+            resolved["selection"] = config.selection  # which of it counts: another filter is another run
+        return resolved
     found: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)

@@ -154,7 +154,9 @@ class Train:
 class Stream:
     """How a training job reads its shards.  None of it changes what it reads."""
 
-    memory_mb: int = setting(2_048, "MiB that one worker's reading takes, ahead as far as it goes", identity=False)
+    memory_mb: int = setting(
+        0, "MiB that one worker's reading takes; 0: what the order needs, at least 2,048", identity=False
+    )
     readers: int = setting(8, "parallel range GETs of one worker", identity=False)
     workers: int = setting(0, "loader processes of one worker; 0 reads and decodes in threads", identity=False)
     on_error: str = setting("strict", "strict | quarantine: train without damaged samples, by name", identity=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from calotype.data import Dataset, Reading, Sample, Stream, get
-from calotype.data.manifest import sidecar_key
+from calotype.data.manifest import CACHE, Manifest, sidecar_key
 from calotype.data.npy import to_npy
 from calotype.data.shards import write_shard
 from calotype.data.store import open_store
@@ -52,7 +55,7 @@ def read(dataset: Dataset, steps: int = 2 * EPOCH, position: int = 0, **how: obj
     """Ids of so many batches, each array what its id says."""
     found: list[str] = []
     reading = Reading(readers=4, **how)  # type: ignore[arg-type]
-    with closing(Stream(dataset, seed=1, batch=BATCH, arrays=["x"], reading=reading).at(position)) as stream:
+    with closing(Stream(dataset, seed=1, batch=BATCH, arrays=["x"], reading=reading).seek(position)) as stream:
         for batch in islice(stream, steps):
             for key, array, present in zip(batch.keys, batch.arrays["x"], batch.present):
                 shard, _, index = key.partition("-")
@@ -120,6 +123,42 @@ def test_a_black_out_is_ridden_out(
             found += batch.keys
     assert found == golden
     assert ended, "it waited"
+
+
+GOING = """
+import sys
+import calotype.data.get as get
+from calotype.data import Dataset, Stream
+from calotype.data.manifest import Manifest
+from calotype.data.store import open_store
+
+store = open_store(sys.argv[1])
+get.PAUSES = (60.0, 60.0)
+stream = Stream(Dataset(store, Manifest.from_bytes(store.read("manifest.json")).shards), seed=1, batch=4)
+print("reading", flush=True)
+next(iter(stream))
+"""
+
+
+def test_nobody_waits_for_a_server_that_is_gone(served: tuple[Dataset, list[str]], proxy: Proxy) -> None:
+    """Neither `close` nor Ctrl-C."""
+    dataset, _ = served
+    dataset.store.write("manifest.json", Manifest(CACHE, "x", ("txt",), tuple(dataset.shards), {}).to_bytes())
+    proxy.faults(Faults(only=r"\.tar$", slow_down=1.0))
+    stream = Stream(dataset, seed=1, batch=BATCH)
+    thread = threading.Thread(target=lambda: list(stream), daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    stream.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    command = [sys.executable, "-c", GOING, dataset.store.uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"reading\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)  # it would be a minute
 
 
 def test_patience_ends(served: tuple[Dataset, list[str]], proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
     into = FolderStore.read_into
 
-    def counting(self: FolderStore, key: str, start: int, buffer: memoryview) -> int:
+    def counting(self: FolderStore, key: str, start: int, buffer: memoryview, stop: object = None) -> int:
         size = into(self, key, start, buffer)
         counted[key] += size
         return size
@@ -180,7 +180,7 @@ def test_their_columns_filter_the_stream(theirs: Path, tmp_path: Path) -> None:
     stream = Stream(replace(dataset, keep=filters.load(store, chosen, manifest)), seed=1, batch=8)
     expected = {f"{shard:02d}/{n:04d}" for shard in range(3) for n in range(20, 33)} - {"01/0022"}
     assert stream.epoch_samples == len(expected)
-    keys = [key for batch, _ in zip(stream, range(len(stream))) for key in batch.keys]
+    keys = [key for batch, _ in zip(stream, range(-(-stream.epoch_samples // 8))) for key in batch.keys]
     assert set(keys[: len(expected)]) == expected
 
 
@@ -562,7 +562,7 @@ def test_every_cut_is_refused(tmp_path: Path) -> None:
 
 def test_packed_shards_and_empty_places_are_refused_at_once(tmp_path: Path, theirs: Path) -> None:
     root = str(tmp_path / "root")
-    with pytest.raises(DataError, match=r"there is no \.tar below .*nowhere \(but nothing\)"):
+    with pytest.raises(DataError, match=r"there is no \.tar below .*nowhere: give"):
         foreign.index(root, "x", str(tmp_path / "nowhere"))
     put(tmp_path / "other" / "a.parquet", b"")
     with pytest.raises(DataError, match=r"but 1 \.parquet files"):
@@ -625,7 +625,7 @@ def test_an_error_in_one_thread_ends_all(tmp_path: Path, reads: Counter[str], mo
         os.truncate(path, 512 + tar.padded(10**9) + 1024)
     counting = FolderStore.read_into
 
-    def refused(self: FolderStore, key: str, start: int, buffer: memoryview) -> int:
+    def refused(self: FolderStore, key: str, start: int, buffer: memoryview, stop: object = None) -> int:
         if key == "b.tar" and start:
             raise CalotypeError("403")
         return counting(self, key, start, buffer)

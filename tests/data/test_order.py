@@ -115,7 +115,7 @@ def test_slots_are_a_partition(world: int, batch: int) -> None:
 
 @pytest.mark.parametrize("lanes", [65, -64])
 def test_impossible_lanes_are_refused(lanes: int) -> None:
-    with pytest.raises(ConfigError, match=r"train\.lanes"):
+    with pytest.raises(ConfigError, match=r"lanes=.* must be 0 to batch=64"):
         Order([10], 0, BATCH, lanes)
     with pytest.raises(DataError):
         Order([], 0, BATCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import random
 import re
@@ -11,9 +12,10 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,9 +41,9 @@ class Counting(FolderStore):
         READS.append((key, start, len(data)))
         return data
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, start: int, buffer: memoryview, stop: threading.Event | None = None) -> int:
         READS.append((key, start, len(buffer)))
-        return super().read_into(key, start, buffer)
+        return super().read_into(key, start, buffer, stop)
 
 
 READS: list[tuple[str, int, int]] = []
@@ -67,7 +69,7 @@ def keys(written: tuple[FolderStore, list[Shard]], world: int, steps: int, posit
     reading = Reading(workers=more.pop("workers", 0), memory=2**24)
     for rank in range(world):
         stream = Stream(Dataset(*written), seed=5, batch=BATCH, rank=rank, world=world, reading=reading, **more)
-        with closing(stream.at(position)):
+        with closing(stream.seek(position)):
             for step, batch in enumerate(islice(stream, steps), position // BATCH):
                 assert batch.step == step
                 owned = slots(rank, world, BATCH)
@@ -123,7 +125,7 @@ KILLED = """
 import sys, pathlib, pickle
 from calotype.data import Dataset, Reading, Stream
 dataset, position, workers = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-stream = Stream(dataset, seed=5, batch=64, window=8, reading=Reading(workers=workers, memory=2**24)).at(position)
+stream = Stream(dataset, seed=5, batch=64, window=8, reading=Reading(workers=workers, memory=2**24)).seek(position)
 for batch in stream:
     print(batch.cursor["position"], *batch.keys, flush=True)
 """
@@ -180,6 +182,45 @@ def test_what_is_no_array_of_one_shape_is_refused(tmp_path: Path) -> None:
         next(iter(stream))
 
 
+def sums(sample: Sample) -> dict[str, np.ndarray]:
+    return {"sum": np.load(io.BytesIO(sample.members["x.npy"]))}
+
+
+def odd_dtype(sample: Sample) -> dict[str, np.ndarray]:
+    return {"a": np.zeros(3, np.uint8 if sample.key.endswith("7") else np.float32)}
+
+
+def odd_shape(sample: Sample) -> dict[str, np.ndarray]:
+    return {"a": np.zeros((1 if sample.key.endswith("7") else 3, 4))}
+
+
+def odd_names(sample: Sample) -> dict[str, np.ndarray]:
+    return {"a": np.zeros(3)} | ({"b": np.zeros(3)} if sample.key.endswith("7") else {})
+
+
+def fussy(sample: Sample) -> dict[str, np.ndarray]:
+    if sample.key == "3-7":
+        raise ValueError("odd")
+    return {"a": np.zeros(3)}
+
+
+class Special(Exception):
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} {other}")
+
+
+def special(sample: Sample) -> dict[str, np.ndarray]:
+    if sample.key == "0-1":
+        raise Special(1, 2)
+    return {"a": np.zeros(3)}
+
+
+def leaving(sample: Sample) -> dict[str, np.ndarray]:
+    error = SystemExit("with a lock")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
+
+
 def lengths(sample: Sample) -> dict[str, np.ndarray]:
     if sample.key == "0-13":
         raise DataError("sample 0-13 cannot be decoded")
@@ -198,7 +239,7 @@ def test_samples_are_decoded_in_parallel(
             expected = [0 if key == "0-13" else 50 * len(key.split("-")[1]) for key in batch.keys]
             assert batch.arrays["length"].tolist() == expected
             assert batch.present.tolist() == [key != "0-13" for key in batch.keys]
-    assert stream.skipped == {"0-13": "sample 0-13 cannot be decoded"}
+    assert stream.skipped == {"0.tar/0-13": "sample 0-13 cannot be decoded"}
 
 
 def test_a_cursor_goes_on_with_the_next_batch(written: tuple[Counting, list[Shard]]) -> None:
@@ -206,16 +247,19 @@ def test_a_cursor_goes_on_with_the_next_batch(written: tuple[Counting, list[Shar
     with closing(Stream(Dataset(*written), seed=5, batch=BATCH, rank=1, world=3)) as stream:
         cursors = [batch.cursor for batch in islice(stream, 9)]
         state = stream.state_dict()
-    assert state == cursors[-1] == {"position": 9 * BATCH}
+    assert state == cursors[-1] == {"position": 9 * BATCH, "seed": 5, "batch": BATCH, "lanes": 0, "window": 128}
     assert stream.where(9 * BATCH) == "cursor 576: epoch 2, sample 111 of 465"
-    assert keys(written, 5, 11, **state) == whole[9 * BATCH :]
+    assert keys(written, 5, 11, position=state["position"]) == whole[9 * BATCH :]
+    for name, value in (("seed", 6), ("batch", 32), ("lanes", 8), ("window", 64)):
+        with pytest.raises(DataError, match=f"{name}={state[name]}, this one has {name}={value}"):
+            Stream(Dataset(*written), **{"seed": 5, "batch": BATCH, name: value}).load_state_dict(state)
     with closing(Stream(Dataset(*written), seed=5, batch=BATCH)) as stream:
         old = iter(stream)
         next(old)
         stream.load_state_dict(state)
         assert next(iter(stream)).keys == whole[9 * BATCH : 10 * BATCH]
         assert list(old) == []
-        with pytest.raises(DataError, match=r"train\.batch"):
+        with pytest.raises(DataError, match="the batch was changed"):
             stream.load_state_dict({"position": 100})
 
 
@@ -253,7 +297,7 @@ def test_an_end_is_kept_and_nothing_behind_it_is_read(written: tuple[Counting, l
     assert steps == list(range(-(-until // BATCH)))
     assert list(stream) == []
     assert sum(size for key, _, size in READS if key.endswith(".tar")) < 0.8 * sum(shard.bytes for shard in shards)
-    assert [batch.step for batch in stream.at(BATCH)] == steps[1:]
+    assert [batch.step for batch in stream.seek(BATCH)] == steps[1:]
 
 
 def test_whole_samples_come_from_a_loader_process_for_ever(written: tuple[Counting, list[Shard]]) -> None:
@@ -262,12 +306,28 @@ def test_whole_samples_come_from_a_loader_process_for_ever(written: tuple[Counti
     assert sum(len(batch.samples) for batch in stream) == 1000
 
 
-@pytest.mark.parametrize(("more", "why"), [({"world": 100}, "rank 0 of 100"), ({"until": -1}, "until=-1 is no")])
-def test_a_rank_without_samples_and_an_end_before_the_beginning_are_refused(
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"world": 100}, "rank 0 of 100"),
+        ({"rank": 4, "world": 4}, "rank=4 must be at least 0, and less than world=4"),
+        ({"rank": -1}, "rank=-1"),
+        ({"until": -1}, "until=-1 is no"),
+    ],
+)
+def test_ranks_and_ends_that_cannot_be_are_refused(
     written: tuple[Counting, list[Shard]], more: dict[str, int], why: str
 ) -> None:
     with pytest.raises(ConfigError, match=why):
         Stream(Dataset(*written), seed=0, batch=64, **more)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"on_error": "Strict"}, {"readers": 0}, {"workers": -1}, {"memory": -1}, {"error_budget": -1}]
+)
+def test_settings_of_reading_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Reading(**settings)
 
 
 def test_memory_is_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +351,52 @@ def test_memory_is_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.Mo
     assert np.median(seen) > budget / 2
     with pytest.raises(ConfigError, match=r"stream\.memory_mb"):
         Stream(Dataset(store, [row]), seed=0, batch=64, reading=Reading(memory=10 * row.chunk_bytes))
+
+
+def test_memory_that_is_not_told_is_what_the_order_needs(tmp_path: Path) -> None:
+    """256 lanes of four chunks of 4 MiB, as of latents of 512 x 512 images: no need to know of it."""
+    row = Shard("x.tar", 2**34, 10**6, 62, "", "", chunk_bytes=4 * 2**20)
+    dataset = Dataset(open_store(str(tmp_path)), [row])
+    assert Stream(dataset, seed=0, batch=32).reading.memory == 2 * 2**30
+    for world, workers in ((1, 0), (4, 0), (1, 4)):
+        stream = Stream(dataset, seed=0, batch=256, world=world, reading=Reading(workers=workers))
+        each = stream.reading.shared(max(workers, 1))
+        assert each.for_chunks >= 256 // world // max(workers, 1) * 4 * row.chunk_bytes
+        Stream(dataset, seed=0, batch=256, world=world, reading=stream.reading)
+        if stream.reading.memory > 2 * 2**30:
+            less = replace(stream.reading, memory=stream.reading.memory * 9 // 10)
+            with pytest.raises(ConfigError, match="hold up to"):
+                Stream(dataset, seed=0, batch=256, world=world, reading=less)
+
+
+def test_every_bucket_and_dataset_takes_memory(tmp_path: Path) -> None:
+    """Each has lanes of its own, whose chunks are held while others have their turn."""
+    store, shards, chunks = open_store(str(tmp_path)), [], 6
+    for n in range(4):
+        made = [Sample(f"{n}-{i}", {"x.npy": to_npy(np.zeros(2000 + i // 24))}) for i in range(12 * 24)]
+        shards.append(write_shard(store, f"{n}.tar", made, 4, buckets=[i // 24 for i in range(12 * 24)]))
+    small = write_shard(store, "s.tar", [Sample(f"s{i}", {"x.npy": to_npy(np.zeros(2000))}) for i in range(64)], 4)
+    for datasets in ([Dataset(store, shards)], [Dataset(store, shards), Dataset(store, [small], weight=0.01)]):
+        stream = Stream(datasets, seed=0, batch=16, lanes=8, window=8, arrays=["x"])
+        lanes = stream._reader.schedule.lanes(range(16))
+        assert lanes[0] >= 12 * 6, "some, of each shape"
+        seen: list[int] = []
+        original: Any = Reader._made
+
+        def watched(
+            self: Reader, step: Any, chunks: Any, *rest: Any, seen: Any = seen, original: Any = original
+        ) -> Any:
+            seen.append(sum(one.bytes for one in chunks._held.values()))
+            return original(self, step, chunks, *rest)
+
+        need = min(lanes[0] * 3 * shards[0].chunk_bytes, sum(one.bytes for one in shards))
+        with pytest.raises(ConfigError, match="hold up to"):
+            Stream(datasets, seed=0, batch=16, lanes=8, window=8, reading=Reading(memory=need))
+        with pytest.MonkeyPatch.context() as patch, closing(stream):
+            patch.setattr(Reader, "_made", watched)
+            for _ in islice(stream, 100):
+                pass
+        assert max(seen) > chunks * 12 * shards[0].chunk_bytes, "or it need not be asked for"
 
 
 def test_a_small_data_set_is_read_once(written: tuple[Counting, list[Shard]]) -> None:
@@ -317,8 +423,10 @@ def test_closing_ends_the_threads(written: tuple[Counting, list[Shard]]) -> None
         return [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "chunk"))]
 
     with closing(Stream(Dataset(*written), seed=5, batch=BATCH)) as stream:
-        next(iter(stream))
-        assert stream.state_dict() == {"position": BATCH}
+        batches = iter(stream)  # it is held, and yet it ends
+        next(batches)
+        assert stream.state_dict()["position"] == BATCH
+        assert alive()
     deadline = time.monotonic() + 5
     while alive() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -389,7 +497,7 @@ def test_a_budget_that_is_passed_is_passed_each_time(tmp_path: Path) -> None:
     reading = Reading(on_error="quarantine", error_budget=3)
     stream = Stream(Dataset(store, [row]), seed=0, batch=16, lanes=1, window=4, arrays=["x"], reading=reading)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"stream\.error_budget=3.*chunk 0.*another hash"):
+        with pytest.raises(DataError, match=r"error_budget=3 .*chunk 0.*another hash"):
             list(islice(stream, 8))
 
 
@@ -402,7 +510,7 @@ def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> N
     data = bytearray(store.read("1.tar"))
     data[40_000] ^= 1  # in chunk 1 of the second shard
     store.write("1.tar", bytes(data))
-    lost = {f"1-{i}" for i in range(16, 32)}
+    lost = {f"1.tar/1-{i}" for i in range(16, 32)}
     for workers in (0, 2):
         reading = Reading(on_error="quarantine", error_budget=16, workers=workers)
         stream = Stream(Dataset(store, rows), seed=0, batch=32, arrays=["x"], reading=reading)
@@ -411,7 +519,7 @@ def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> N
         assert set(stream.skipped) == lost
         assert all("damaged" in reason for reason in stream.skipped.values())
         for batch in batches:
-            assert batch.present.tolist() == [key not in lost for key in batch.keys]
+            assert batch.present.tolist() == [f"1.tar/{key}" not in lost for key in batch.keys]
             assert (batch.arrays["x"][~batch.present] == 0).all()
             assert (batch.arrays["x"][batch.present].reshape(-1, 6).std(1) == 0).all()
         assert sorted(key for batch in batches[:4] for key in batch.keys) == sorted(
@@ -419,18 +527,90 @@ def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> N
         ), "each once, the left out among them"
     reading = Reading(on_error="quarantine", error_budget=15)
     stream = Stream(Dataset(store, rows), seed=0, batch=32, arrays=["x"], reading=reading)
-    with closing(stream), pytest.raises(DataError, match=r"16 samples.*stream\.error_budget=15"):
+    with closing(stream), pytest.raises(DataError, match=r"16 samples.*error_budget=15 \(stream\.error_budget\)"):
         list(islice(stream, 8))
-    for n in range(2):  # whole batches are left out
-        store.write(f"{n}.tar", bytes(rows[n].bytes))
+
+
+@pytest.mark.parametrize("how", [{"arrays": ["x"]}, {"decode": sums}])
+def test_a_batch_that_is_wholly_left_out_has_the_shape_of_the_others(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Though it is the first, on every rank alone; another sample tells."""
+    store = open_store(str(tmp_path))
+    rows = [write_shard(store, f"{n}.tar", [sample(n, i) for i in range(64)], 16) for n in range(2)]
+    store.write("0.tar", bytes(rows[0].bytes))
     reading = Reading(on_error="quarantine", error_budget=128)
-    with closing(Stream(Dataset(store, rows), seed=0, batch=8, arrays=["x"], reading=reading)) as stream:
-        batch = next(iter(stream))
-        assert batch.arrays["x"].shape == (8, 2, 3), "as the sidecars say"
-        assert not batch.present.any()
-    stream = Stream(Dataset(store, rows), seed=0, batch=8, decode=lengths, reading=reading)
-    with closing(stream), pytest.raises(DataError, match=r"no sample of the first batch of its shape.*tar is damaged"):
+    for world in (1, 4):
+        alone = 0
+        for rank in range(world):
+            order = {"seed": 0, "batch": 4, "until": 128, "world": world, "rank": rank}
+            with closing(Stream(Dataset(store, rows), **order, **how, reading=reading)) as stream:
+                batches = list(stream)
+            assert len(batches) == 32
+            alone += sum(not batch.present.any() for batch in batches)
+            assert {array.shape[1:] for batch in batches for array in batch.arrays.values()} == {(2, 3)}
+        assert alone == 64 if world == 4 else alone >= 0
+    store.write("1.tar", bytes(rows[1].bytes))
+    stream = Stream(Dataset(store, rows), seed=0, batch=4, **how, reading=reading)
+    with (
+        closing(stream),
+        pytest.raises(DataError, match=r"of no sample like .*tar/#\d+ the shape can be told: .*damaged"),
+    ):
         next(iter(stream))
+
+
+def test_samples_with_one_key_are_counted_apart(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    rows = [write_shard(store, f"{n}.tar", [sample(0, i) for i in range(8)], 8, columns={}) for n in range(3)]
+    for n in range(2):
+        store.write(f"{n}.tar", bytes(rows[n].bytes))
+    for budget in (15, 16):
+        reading = Reading(on_error="quarantine", error_budget=budget)
+        stream = Stream(Dataset(store, rows), seed=0, batch=8, until=24, arrays=["x"], reading=reading)
+        if budget == 15:
+            with pytest.raises(DataError, match=r"16 samples .*error_budget=15"):
+                list(stream)
+        else:
+            assert sum(int((~batch.present).sum()) for batch in stream) == len(stream.skipped) == 16
+            assert {"0.tar/0-3", "1.tar/0-3"} < set(stream.skipped)
+
+
+# ------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_decode_makes_must_be_alike(written: tuple[Counting, list[Shard]], workers: int) -> None:
+    """Not cast to what comes first, which would differ with the world."""
+    for decode in (odd_dtype, odd_shape, odd_names):
+        stream = Stream(Dataset(*written), seed=5, batch=BATCH, decode=decode, reading=Reading(workers=workers))
+        with closing(stream), pytest.raises(DataError, match="batch"):
+            list(islice(stream, 8))
+
+
+def test_whatever_decode_raises_is_of_a_sample(written: tuple[Counting, list[Shard]]) -> None:
+    stream = Stream(Dataset(*written), seed=5, batch=BATCH, decode=fussy)
+    with closing(stream), pytest.raises(DataError, match=r"sample 3-7 cannot be decoded \(ValueError: odd\)"):
+        list(islice(stream, 8))
+    reading = Reading(on_error="quarantine", error_budget=1)
+    with closing(Stream(Dataset(*written), seed=5, batch=BATCH, decode=fussy, reading=reading)) as stream:
+        list(islice(stream, 8))
+    assert stream.skipped == {"3.tar/3-7": "sample 3-7 cannot be decoded (ValueError: odd)"}
+
+
+def test_decode_must_be_of_a_module_for_loader_processes(
+    written: tuple[Counting, list[Shard]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "__module__", "__main__")
+    with pytest.raises(ConfigError, match="move it to a module"):
+        Stream(Dataset(*written), seed=5, batch=BATCH, decode=lengths, reading=Reading(workers=1))
+
+
+def test_what_a_loader_process_meets_is_told(written: tuple[Counting, list[Shard]]) -> None:
+    for decode, said in (
+        (special, "sample 0-1 cannot"),
+        (leaving, "a loader process failed .*SystemExit: with a lock"),
+    ):
+        stream = Stream(Dataset(*written), seed=5, batch=BATCH, decode=decode, reading=Reading(workers=2))
+        with closing(stream), pytest.raises(CalotypeError, match=said):
+            list(islice(stream, 8))
 
 
 # ------------------------------------------------------------------------------------------- more of it
@@ -484,7 +664,7 @@ def test_mixtures_are_one_stream(tmp_path: Path, written: tuple[Counting, list[S
         share: dict[int, str] = {}
         for rank in range(world):
             stream = Stream([mine, other], seed=2, batch=16, rank=rank, world=world, arrays=["x"])
-            with closing(stream.at(16 * 5)):
+            with closing(stream.seek(16 * 5)):
                 for batch in islice(stream, 40):
                     share |= zip(batch.positions.tolist(), batch.keys)
         found.append([share[place] for place in sorted(share)])
@@ -503,8 +683,9 @@ def test_torch_loaders_read_it_and_resume(
         dataset = Dataset(FolderStore(written[0].path), written[1])
         return Stream(dataset, seed=5, batch=BATCH, window=8, arrays=["x"])
 
-    loader = DataLoader(stream().at(2 * BATCH).as_torch(), batch_size=None, num_workers=workers)
+    loader = DataLoader(stream().seek(2 * BATCH).as_torch(), batch_size=None, num_workers=workers)
     batches = list(islice(loader, 5))
+    assert [batch["cursor"]["position"] for batch in batches] == [BATCH * step for step in range(3, 8)]
     assert [key for batch in batches for key in batch["key"]] == golden[2 * BATCH : 7 * BATCH]
     assert batches[0]["x"].shape == (BATCH, 2, 3)
     assert batches[0]["position"].tolist() == list(range(2 * BATCH, 3 * BATCH))
@@ -515,6 +696,18 @@ def test_torch_loaders_read_it_and_resume(
     resumed.load_state_dict(state)
     found += [key for batch in islice(resumed, 6) for key in batch["key"]]
     assert found == golden[: 13 * BATCH]
+
+
+@pytest.mark.parametrize("settings", [{"workers": 1}, {"on_error": "quarantine", "error_budget": 5}])
+def test_worker_processes_of_a_loader_do_not_count_what_is_left_out(
+    written: tuple[Counting, list[Shard]], settings: dict[str, Any]
+) -> None:
+    from torch.utils.data import DataLoader
+
+    dataset = Dataset(FolderStore(written[0].path), written[1])
+    stream = Stream(dataset, seed=5, batch=BATCH, arrays=["x"], reading=Reading(**settings))
+    with pytest.raises(ConfigError, match="num_workers=0"):
+        next(iter(DataLoader(stream.as_torch(), batch_size=None, num_workers=2)))
 
 
 def test_a_local_disk_is_read_instead(written: tuple[Counting, list[Shard]], golden: list[str], tmp_path: Path) -> None:

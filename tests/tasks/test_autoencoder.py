@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from calotype import runs
-from calotype.compose import as_data, build
+from calotype.compose import as_data, build, identity
 from calotype.config import Autoencoder, Cluster, Data, Engine, Optim, Track, Train, TrainAutoencoder
-from calotype.data import Dataset, Stream, shards
+from calotype.data import Dataset, Stream, foreign, shards
 from calotype.data.manifest import DATASET, Manifest, load_dataset, publish_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
@@ -52,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = []
         for split, numbers in parts.items():
             samples = [Sample(f"{split}{n}", {"png": picture(n)}) for n in numbers]
-            rows.append(shards.write_shard(store, f"shards/{split}-00000.tar", samples, 8, split))
+            rows.append(shards.write_shard(store, f"shards/{split}-00000.tar", samples, 8, split, columns={}))
         publish_dataset(store, Manifest(DATASET, name, ("png",), tuple(rows)))
     return root
 
@@ -65,6 +65,38 @@ def config_of(root: Path, **changes: Any) -> TrainAutoencoder:
         engine=Engine(kind="torch"), cluster=Cluster(kind="local"), track=Track(kind="none"),
     )  # fmt: skip
     return task.resolve(replace(config, **changes))
+
+
+def test_what_is_taken_down_is_not_looked_at_either(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor held-out images, of which pictures go to MLflow."""
+    gone = {"train3", "train4", "held_out101", "held_out108"}
+    (tmp_path / "gone.txt").write_text("\n".join(gone))
+    seen: set[str] = set()
+    decode = task.Decoder.__call__
+
+    def watched(self: task.Decoder, sample: Sample) -> Any:
+        seen.add(sample.key)
+        return decode(self, sample)
+
+    monkeypatch.setattr(task.Decoder, "__call__", watched)
+    data, whole = Data(name="toy", takedown=str(tmp_path / "gone.txt")), config_of(root)
+    config = config_of(root, data=data, train=Train(images=40, batch=8, validate_every=8, sample_every=8))
+    assert identity("train_autoencoder", replace(config, train=whole.train)) != identity("train_autoencoder", whole)
+    trained(config)
+    assert seen == ({f"train{n}" for n in range(40)} | {f"held_out{n}" for n in range(100, 109)}) - gone
+
+
+def test_shards_that_somebody_else_wrote_are_trained_on_where_they_lie(root: Path, tmp_path: Path) -> None:
+    for split, numbers in (("a", range(32)), ("b", range(32, 40))):
+        rows = [Sample(f"{split}{n}", {"png": picture(n)}) for n in numbers]
+        shards.write_shard(open_store(str(tmp_path / "theirs")), f"{split}.tar", rows, 8)
+    foreign.index(str(tmp_path / "root"), "laion", str(tmp_path / "theirs"), share=0.5)
+    config = config_of(tmp_path / "root", data=Data(name="laion"), train=Train(images=16, batch=8, validate_every=8))
+    result, _ = trained(config)
+    assert result["images"] == 16
+    assert result["psnr_heldout"] > 0
 
 
 def trained(config: TrainAutoencoder, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], runs.Record]:
@@ -153,7 +185,7 @@ def test_randomness_belongs_to_positions(root: Path) -> None:
         rows = []
         for rank in range(world):
             data, decode = Dataset(store, load_dataset(store).split("train")), task.Decoder(config.resolution, 10**6)
-            batches = Stream(data, seed=0, batch=8, rank=rank, world=world, decode=decode).at(16)
+            batches = Stream(data, seed=0, batch=8, rank=rank, world=world, decode=decode).seek(16)
             rows.append(task.prepared(next(iter(batches)), config))
             batches.close()
         made.append({name: torch.cat([row[name] for row in rows]) for name in rows[0]})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from calotype import compose, config, runs
-from calotype.data.manifest import load_dataset
+from calotype.data import Dataset, open_dataset
 from calotype.data.sources import PHRASINGS, UNSEEN_PHRASINGS, WORDS, caption_of
-from calotype.data.store import open_store
 from calotype.errors import ConfigError
 from calotype.tasks import compare, evaluate, sample
 from PIL import Image
@@ -74,11 +74,14 @@ def test_no_unseen_phrasing_was_trained_on() -> None:
     assert not captions(PHRASINGS) & captions(UNSEEN_PHRASINGS)
 
 
+def source_of(root: Path) -> Callable[[str], Dataset]:
+    return partial(open_dataset, str(root), "digits", "")
+
+
 def test_psnr_and_ssim_are_those_of_the_held_out_images(root: Path, trained: sample.Model) -> None:
-    data = open_store(str(root)).at("datasets", "digits")
-    manifest = load_dataset(data)
-    found = evaluate.reconstructed(trained, data, manifest)
-    assert found["reconstructed"] == manifest.totals()["held_out"]["samples"]
+    digits = source_of(root)
+    found = evaluate.reconstructed(trained, digits)
+    assert found["reconstructed"] == len(digits("held_out"))
     assert found["psnr_heldout"] < 15  # the autoencoder was never trained
     assert found["ssim_heldout"] < 0.5
 
@@ -89,25 +92,23 @@ def test_psnr_and_ssim_are_those_of_the_held_out_images(root: Path, trained: sam
         def decode(self, raw: torch.Tensor) -> torch.Tensor:
             return raw + 0.02  # in [-1, 1]: an error of 0.01 in [0, 1] where nothing is clipped
 
-    found = evaluate.reconstructed(dataclasses.replace(trained, autoencoder=Perfect()), data, manifest)
+    found = evaluate.reconstructed(dataclasses.replace(trained, autoencoder=Perfect()), digits)
     assert 40 <= found["psnr_heldout"] < 42
     assert 0.95 < found["ssim_heldout"] < 1
 
 
 def test_fid_tells_real_digits_from_a_model_that_never_learnt(root: Path, trained: sample.Model) -> None:
-    data = open_store(str(root)).at("datasets", "digits")
-    manifest = load_dataset(data)
+    digits = source_of(root)
     asked = settings(root, "fid_images=150", "sampler.steps=2")
-    good = evaluate.distances(asked, as_oracle(trained), data, manifest)
-    bad = evaluate.distances(asked, trained, data, manifest)
+    good = evaluate.distances(asked, as_oracle(trained), digits)
+    bad = evaluate.distances(asked, trained, digits)
     assert good["fid"] < 0.2 * bad["fid"]
     assert good["kid"] < 0.2 * bad["kid"]
-    assert (good["fid_real"], good["fid_drawn"]) == (manifest.totals()["train"]["samples"], 150)
+    assert (good["fid_real"], good["fid_drawn"]) == (len(digits("train")), 150)
 
 
 def test_a_dataset_without_digits_is_drawn_from_held_out_captions(root: Path, trained: sample.Model) -> None:
-    data = open_store(str(root)).at("datasets", "digits")
-    drawn = evaluate.described(settings(root, "images=5", "sampler.steps=1"), trained, data, load_dataset(data))
+    drawn = evaluate.described(settings(root, "images=5", "sampler.steps=1"), trained, source_of(root))
     assert len(drawn.images) == len(drawn.prompts) == 5
     assert all(any(word in prompt for word in (*WORDS, *"0123456789")) for prompt in drawn.prompts)
     assert drawn.wrong == []

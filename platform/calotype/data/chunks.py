@@ -10,8 +10,8 @@ import logging
 import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
 from calotype.data.store import Missing, Store
 from calotype.data.tables import Table
 from calotype.data.tar import BLOCK
-from calotype.errors import CalotypeError, DataError
+from calotype.data.threads import Daemons
+from calotype.errors import CalotypeError, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 SIDECARS = 4096  # kept by one process
 BESIDE = 96 * 2**20  # bytes of a process that are no chunks: libraries, tables, batches on their way
+TRIED = 16  # chunks of a bucket and dataset that are looked at for an example
 GRAIN = 2**16  # bytes by which buffers differ, so that they fit again
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -42,18 +44,21 @@ class Reading:
     """How a stream reads.  None of it changes what it reads.
 
     Attributes:
-        memory: bytes that reading takes, in all of its processes: chunks, read ahead as far as it goes, and beside them
-            a quarter, at most BESIDE per process, for all else.
+        memory: bytes that reading takes, in all of its processes: chunks, read ahead as far as it goes, and besides a
+            quarter, at most BESIDE per process, for all else.  0: 2 GiB, or what the order needs where that is more.
         readers: parallel range GETs of one process.
-        workers: loader processes beside the caller's; 0 reads in threads of the caller's.
+        workers: loader processes besides the caller's; 0 reads in threads of the caller's.
         decoders: threads that decode, of the caller's process; 0 for as many as it has cores.
         on_error: strict, or quarantine: damaged chunks and samples are left out, named, and weigh nothing.
         error_budget: samples that quarantine may leave out before it is an error.
-        cache, cache_bytes: a folder on a local disk that keeps chunks, and its limit; it pays where all that a node
-            reads fits in: of half of it, in new order each epoch, an eighth is met again.
+        cache, cache_bytes: a folder on a local disk that keeps chunks, and its limit.  It is worth it where it holds
+            all that the node reads: one of half that size, in new order each epoch, meets about 1 chunk in 8 again.
+
+    Raises:
+        ConfigError: one of them cannot be.
     """
 
-    memory: int = 2 * 2**30
+    memory: int = 0
     readers: int = 8
     workers: int = 0
     decoders: int = 0
@@ -61,6 +66,15 @@ class Reading:
     error_budget: int = 0
     cache: str = ""
     cache_bytes: int = 50 * 10**9
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("strict", "quarantine"):
+            raise ConfigError(f"on_error={self.on_error!r} is neither 'strict' nor 'quarantine'")
+        if self.readers < 1:
+            raise ConfigError(f"readers={self.readers} must be at least 1")
+        for name in ("memory", "workers", "decoders", "error_budget"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
 
     def shared(self, processes: int) -> Reading:
         """By each of so many loader processes."""
@@ -84,8 +98,9 @@ class Arrays:
 
 @dataclass
 class Chunk:
-    """A verified chunk in memory, of a bucket.  `rows`: which of its samples count, None for all."""
+    """A verified chunk in memory, of a shard and bucket.  `rows`: which of its samples count, None for all."""
 
+    shard: str
     bucket: int
     buffer: np.ndarray[Any, Any]
     view: memoryview  # of it
@@ -96,15 +111,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Bad:
-    """A chunk that could not be used, in quarantine: the ids of its samples that count, and why.
+    """A chunk that could not be used, in quarantine: the keys of its samples that count (#N for the N-th of the shard,
+    where no columns tell its key), and why."""
 
-    `like`: shape and dtype of each array that is stacked, where the shard's sidecar knows them.
-    """
-
+    shard: str
     bucket: int
     keys: list[str]
     reason: str
-    like: dict[str, tuple[tuple[int, ...], Any]]
 
 
 @dataclass
@@ -121,6 +134,7 @@ class Chunks:
         layouts: of the datasets.
         arrays: names of the `.npy` members whose place is found while chunks are fetched.
         last_use: (pool, epoch, place) -> one past the last global position that needs the chunk.
+        stop: set, nothing more is waited for.
     """
 
     def __init__(
@@ -130,17 +144,18 @@ class Chunks:
         arrays: Sequence[str],
         reading: Reading,
         last_use: Callable[[int, int, int], int],
+        stop: threading.Event,
     ) -> None:
         self._datasets, self._layouts, self._arrays, self._reading = datasets, layouts, arrays, reading
         self._firsts = np.cumsum([0, *(len(layout.counts) for layout in layouts)])
-        self._last_use = last_use
+        self._last_use, self._stop = last_use, stop
         self._held: dict[int, _Held] = {}
         self._ends: list[tuple[int, int]] = []  # heap of (last use, chunk)
         self._spare: OrderedDict[int, _Held] = OrderedDict()  # not needed any more in this epoch; while there is room
         self._buffers = _Buffers(reading.for_chunks)
         self._sidecars: OrderedDict[tuple[int, int], Future[Sidecar]] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(reading.readers, thread_name_prefix="chunk")
+        self._pool = Daemons(reading.readers, "chunk")
         self._disk = Disk(Path(reading.cache).expanduser(), reading.cache_bytes) if reading.cache else None
         self.used = 0  # bytes of chunks asked for or held
 
@@ -177,8 +192,21 @@ class Chunks:
         while self._spare and self.full:
             self._drop(self._spare.popitem(last=False)[1])
 
+    def examples(self, bucket: int) -> Iterator[Chunk]:
+        """Sound chunks of a bucket, from all over the datasets: what its samples are like, where those at hand are
+        damaged.  At most TRIED are looked at."""
+        for dataset, layout in enumerate(self._layouts):
+            numbers = layout.chunks_of(bucket)
+            numbers = np.arange(len(layout.counts)) if numbers is None else numbers
+            for number in numbers[:: -(-len(numbers) // TRIED) or 1].tolist():
+                if isinstance(found := self._fetch(int(self._firsts[dataset]) + number), Chunk):
+                    try:
+                        yield found
+                    finally:
+                        self._buffers.give(found.buffer)
+
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     # ---------------------------------------------------------------------------------- fetching
 
@@ -211,30 +239,21 @@ class Chunks:
         bucket, count = shard.chunk_buckets()[index]
         keep = None if dataset.keep is None else dataset.keep[shard.key][first : first + count]
         rows = None if keep is None or keep.all() else np.flatnonzero(keep)
-        sidecar = None
         try:
-            sidecar = self._sidecar(number, row)
-            return self._read(dataset.store, shard, sidecar, index, bucket, rows)
+            return self._read(dataset.store, shard, self._sidecar(number, row), index, bucket, rows)
         except DataError as error:
             if self._reading.on_error == "strict":
                 raise
-            chosen = range(count) if rows is None else rows.tolist()
-            known = {name: (sidecar.arrays if sidecar else {}).get(f"{name}.npy") for name in self._arrays}
-            like = {
-                name: (tuple(one["shape"]), one["dtype"])
-                for name, one in known.items()
-                if one and None not in (one["shape"], one["dtype"])
-            }
-            return Bad(bucket, _names(dataset.store, shard, first, list(chosen)), str(error), like)
+            chosen = range(first, first + count) if rows is None else (rows + first).tolist()
+            return Bad(shard.key, bucket, _names(dataset.store, shard, chosen), str(error))
 
     def _read(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, bucket: int, rows: Ints | None) -> Chunk:
         buffer = self._buffers.take(sidecar.span(index)[1])
         try:
             view = buffer.data[: sidecar.span(index)[1]]
             table = self._verified(store, shard, sidecar, index, view)
-            where = f"{store.uri}/{shard.key}"
-            arrays = {name: _arrays(view, table, name, where, index) for name in self._arrays}
-            return Chunk(bucket, buffer, view, table, rows, arrays)
+            arrays = {name: _arrays(view, table, name, store.where(shard.key), index) for name in self._arrays}
+            return Chunk(shard.key, bucket, buffer, view, table, rows, arrays)
         except BaseException:
             self._buffers.give(buffer)
             raise
@@ -244,7 +263,7 @@ class Chunks:
         start, size = sidecar.span(index)
 
         def checked(have: int) -> Table:
-            return verified(f"{store.uri}/{shard.key}", shard, sidecar, index, view, have)
+            return verified(store.where(shard.key), shard, sidecar, index, view, have)
 
         if self._disk is not None and self._disk.read(sidecar.hashes[index], view):
             try:
@@ -252,12 +271,12 @@ class Chunks:
             except DataError:
                 self._disk.discard(sidecar.hashes[index])
         try:
-            table = checked(store.read_into(shard.key, start, view))
+            table = checked(store.read_into(shard.key, start, view, self._stop))
         except Missing:
             raise
         except DataError as error:  # damaged on the way, or where it lies?
             log.warning("%s; it is read once more", error)
-            table = checked(store.read_into(shard.key, start, view))
+            table = checked(store.read_into(shard.key, start, view, self._stop))
         if self._disk is not None:
             self._disk.write(sidecar.hashes[index], view)
         return table
@@ -287,13 +306,13 @@ def largest_chunk(shard: Shard) -> int:
     return shard.chunk_bytes or shard.bytes * min(shard.chunk_samples, shard.samples) // shard.samples * 5 // 4
 
 
-def _names(store: Store, shard: Shard, first: int, rows: list[int]) -> list[str]:
-    """Ids of samples of a chunk that cannot be read: their keys, where the columns tell them."""
+def _names(store: Store, shard: Shard, rows: Sequence[int]) -> list[str]:
+    """Keys of samples of a shard that cannot be read; #N for the N-th, where no columns tell."""
     try:
         keys = keys_of(store, shard)
     except CalotypeError:
         keys = None
-    return [keys[first + row] if keys else f"{shard.key}[{first + row}]" for row in rows]
+    return [keys[row] if keys else f"#{row}" for row in rows]
 
 
 def _arrays(view: memoryview, table: Table, name: str, where: str, index: int) -> Arrays:
@@ -318,7 +337,7 @@ class _Buffers:
     """Memory that was in use before: fresh memory costs the kernel more time than filling it.
 
     Args:
-        limit: bytes, of what is in use and what is free together; more only where more is in use.
+        limit: bytes of what is in use and what is free together; only what is in use may exceed it.
     """
 
     def __init__(self, limit: int) -> None:

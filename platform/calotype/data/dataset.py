@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 from calotype.data.draws import Ints
 from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset
-from calotype.data.store import Store, open_store
+from calotype.data.shards import Sample, iterate
+from calotype.data.store import Missing, Store, open_store
 from calotype.errors import ConfigError, DataError
 
 
@@ -35,6 +36,18 @@ class Dataset:
 
     def layout(self) -> Layout:
         return _layout(self.shards, self.keep)
+
+    def __len__(self) -> int:
+        """Samples that count."""
+        return sum(one.samples if self.keep is None else int(self.keep[one.key].sum()) for one in self.shards)
+
+    def samples(self) -> Iterator[Sample]:
+        """Those that count, one after the other as they are stored, verified."""
+        for shard in self.shards:
+            keep = None if self.keep is None else self.keep[shard.key]
+            for index, sample in enumerate(iterate(self.store, [shard])):
+                if keep is None or keep[index]:
+                    yield sample
 
 
 @dataclass(frozen=True)
@@ -68,25 +81,48 @@ class Layout:
         return None if self.bucket is None else np.flatnonzero(self.bucket == bucket)
 
 
-def open_dataset(root: str, name: str, digest: str = "", split: str = "train") -> Dataset:
+def open_dataset(
+    root: str,
+    name: str,
+    digest: str = "",
+    split: str = "train",
+    weight: float = 1.0,
+    filter: Sequence[Any] = (),
+    takedown: Collection[str] = (),
+) -> Dataset:
     """A dataset that `prepare` or `calotype data index` made: the newest version, or the one with this digest.
 
     Args:
         root: s3://BUCKET[/PREFIX] or a folder, as the jobs' `root`.
+        weight: of its samples in a mixture, relative to the other datasets'.
+        filter: [[column, operator, value], ...], as pyarrow takes them and as `data.filter` of the jobs.
+        takedown: keys that must not be used.
     """
+    from calotype.data import filters
+
     store = dataset_store(root, name)
-    return _opened(store, load_dataset(store, digest), split)
+    manifest = load_dataset(store, digest)
+    keep = None
+    if filter or takedown:
+        keep = filters.load(store, filters.publish(store, manifest, filter, takedown), manifest)
+    return replace(_opened(store, manifest, split), weight=weight, keep=keep)
 
 
-def open_cache(root: str, cache: str, split: str = "train") -> Dataset:
+def open_cache(root: str, cache: str, split: str = "train", weight: float = 1.0) -> Dataset:
     """A latent cache by its id (`calotype runs show NAME` of its cache_latents run tells it)."""
     from calotype.data.cache import encoding_id
 
     found = open_store(root).at("caches", cache)
-    manifest = Manifest.from_bytes(found.read("manifest.json"))
+    try:
+        manifest = Manifest.from_bytes(found.read("manifest.json"))
+    except Missing as error:
+        have = ", ".join(open_store(root).folders("caches")) or "none"
+        raise DataError(f"there is no finished cache {cache!r} under {root} (but {have}): `calotype runs show NAME` of "
+                        "a cache_latents run tells its id") from error  # fmt: skip
     if manifest.format not in CACHES:
         raise DataError(f"{found.uri}/manifest.json is no latent cache but a {manifest.format}")
-    return _opened(open_store(root).at("latents", encoding_id(manifest.meta["encoding"])), manifest, split)
+    latents = open_store(root).at("latents", encoding_id(manifest.meta["encoding"]))
+    return replace(_opened(latents, manifest, split), weight=weight)
 
 
 def _opened(store: Store, manifest: Manifest, split: str) -> Dataset:

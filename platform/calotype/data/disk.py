@@ -54,11 +54,13 @@ class Disk:
         if limit < 1:
             raise ConfigError(f"the chunk cache {folder} has a limit of {limit} bytes: give it more than 0")
         try:
-            with self._root(make=True):
-                pass
+            try:
+                with self._root(make=True):
+                    pass
+            except FileNotFoundError:  # somebody removed it at this very moment
+                with self._root(make=True):
+                    pass
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and self.folder.parent.is_dir():
-                return  # somebody removes it at this very moment: a write will make it
             raise ConfigError(
                 f"the chunk cache {folder} cannot be used ({error.strerror}): name a folder that can be made, or one, "
                 "not a link, that you own and nobody else can write to (chmod go-w)"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from calotype.data.files import Entry, Missing, Names, Store
 from calotype.data.manifest import canonical, parsed
@@ -78,9 +79,9 @@ class Elsewhere(Store):
         store, name = self._at(key)
         return store.read(name, start, length)
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, start: int, buffer: memoryview, stop: Event | None = None) -> int:
         store, name = self._at(key)
-        return store.read_into(name, start, buffer)
+        return store.read_into(name, start, buffer, stop)
 
     def publish(self, key: str, data: bytes | Path) -> bool:
         return self._mine(key).publish(key, data)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO, TypeAlias
 
 from calotype.errors import ConfigError, DataError
@@ -65,8 +66,12 @@ class Store(ABC):
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes [start, start + length) of a key, fewer where it ends before; `Missing` if there is none."""
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` from byte `start` of a key on; how many bytes there were, fewer where the key ends before."""
+    def read_into(self, key: str, start: int, buffer: memoryview, stop: Event | None = None) -> int:
+        """Fill `buffer` from byte `start` of a key on; how many bytes there were, fewer where the key ends before.
+
+        Args:
+            stop: ends the patience with a server that does not answer.
+        """
         data = self.read(key, start, len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -141,7 +146,7 @@ class FolderStore(Store):
             file.seek(start)
             return file.read(-1 if length is None else length)
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, start: int, buffer: memoryview, stop: Event | None = None) -> int:
         with self._opened(key) as file:
             file.seek(start)
             return file.readinto(buffer)  # type: ignore[attr-defined]  # of a BufferedReader

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,7 @@ FORMAT = "calotype.selection/1"
 log = logging.getLogger(__name__)
 
 Bits = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 
 
 def takedown_keys(uri: str) -> frozenset[str]:
@@ -63,7 +64,7 @@ def publish(store: Store, manifest: Manifest, conditions: Sequence[Any], taken_d
     Args:
         conditions: [[column, operator, value], ...], all of which must hold, as pyarrow's `filters` takes them; or a
             list of such lists, one of which must hold.
-        taken_down: keys that must not be used.
+        taken_down: keys that must not be used, in whatever shard they are.
 
     Raises:
         ConfigError: no such column or operator, or nothing is left.
@@ -75,17 +76,18 @@ def publish(store: Store, manifest: Manifest, conditions: Sequence[Any], taken_d
         _say(_read(store, name)[0], manifest)
         return name
 
-    def kept(shard: Shard) -> tuple[Bits, int]:
+    def kept(shard: Shard) -> tuple[Bits, set[str]]:
         return _kept(store, shard, conditions, taken_down)
 
     with ThreadPoolExecutor(READERS, "columns") as pool:
         parts = list(pool.map(kept, manifest.shards))
     left = sum(int(part.sum()) for part, _ in parts)
     if not left:
-        raise ConfigError(f"data.filter={list(conditions)} with data.takedown leaves none of {manifest.name}'s samples")
+        named = [f"data.filter={list(conditions)}"] * bool(conditions) + ["data.takedown"] * bool(taken_down)
+        raise ConfigError(f"{' with '.join(named)} leaves none of {manifest.name}'s samples")
     bits = b"".join(np.packbits(part).tobytes() for part, _ in parts)
     head = {"format": FORMAT, "sha256": hashlib.sha256(bits).hexdigest(), "kept": left}
-    head |= {"taken_down": len(taken_down), "found": sum(found for _, found in parts)}
+    head |= {"taken_down": len(taken_down), "found": len(set().union(*(found for _, found in parts)))}
     store.publish(_key(name), canonical(head) + bits)
     _say(head, manifest)
     return name
@@ -114,7 +116,28 @@ def _read(store: Store, name: str) -> tuple[dict[str, Any], bytes]:
     return head, bits
 
 
-def load(store: Store, name: str, manifest: Manifest) -> dict[str, Bits]:
+class Selection(Mapping[str, Bits]):
+    """Shard key -> which of its samples count: held as bits, for there may be 10^9."""
+
+    def __init__(self, packed: Mapping[str, tuple[Bytes, int]]) -> None:
+        self._packed = packed  # shard key -> (bits, samples)
+
+    def __getitem__(self, key: str) -> Bits:
+        bits, samples = self._packed[key]
+        return np.unpackbits(bits, count=samples).astype(np.bool_)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def renamed(self, names: Mapping[str, str]) -> Selection:
+        """The same for other shards: their key -> key of the one that holds the same samples."""
+        return Selection({name: self._packed[key] for name, key in names.items()})
+
+
+def load(store: Store, name: str, manifest: Manifest) -> Selection:
     """Shard key -> which of its samples count.
 
     Raises:
@@ -126,15 +149,15 @@ def load(store: Store, name: str, manifest: Manifest) -> dict[str, Bits]:
     made, first = {}, 0
     for shard in manifest.shards:
         size = -(-shard.samples // 8)
-        made[shard.key] = np.unpackbits(data[first : first + size], count=shard.samples).astype(np.bool_)
+        made[shard.key] = data[first : first + size], shard.samples
         first += size
-    return made
+    return Selection(made)
 
 
-def of_cache(keep: Mapping[str, Bits], dataset: Manifest, cache: Manifest) -> dict[str, Bits]:
+def of_cache(keep: Selection, dataset: Manifest, cache: Manifest) -> Selection:
     """The same selection for the latents of a dataset, whose samples lie in the same order."""
     source = {shard.sha256: shard.key for shard in dataset.shards}
-    return {shard.key: keep[source[shard.source_sha256]] for shard in cache.shards}
+    return keep.renamed({shard.key: source[shard.source_sha256] for shard in cache.shards})
 
 
 def _key(name: str) -> str:
@@ -161,8 +184,8 @@ def _alternatives(conditions: Sequence[Any]) -> Sequence[Any]:
     return conditions if nested else [conditions]
 
 
-def _kept(store: Store, shard: Shard, conditions: Sequence[Any], taken_down: Collection[str]) -> tuple[Bits, int]:
-    """(which samples count, how many are taken down)."""
+def _kept(store: Store, shard: Shard, conditions: Sequence[Any], taken_down: Collection[str]) -> tuple[Bits, set[str]]:
+    """(which samples count, keys that are taken down)."""
     import pyarrow
     import pyarrow.parquet
 
@@ -188,6 +211,7 @@ def _kept(store: Store, shard: Shard, conditions: Sequence[Any], taken_down: Col
             ) from error
         kept = np.isin(np.arange(shard.samples), rows)
     if not taken_down:
-        return kept, 0
-    lost = np.fromiter((key in taken_down for key in table["key"].to_pylist()), np.bool_, shard.samples)
-    return kept & ~lost, int(lost.sum())
+        return kept, set()
+    keys = table["key"].to_pylist()
+    lost = np.fromiter((key in taken_down for key in keys), np.bool_, shard.samples)
+    return kept & ~lost, {keys[row] for row in np.flatnonzero(lost)}

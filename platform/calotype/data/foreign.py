@@ -128,8 +128,9 @@ def _listed(place: Store) -> tuple[list[Entry], Counter[str]]:
         else:
             others[path.suffix or path.name] += 1
     if not tars:
-        seen = ", ".join(f"{count} {what} files" for what, count in others.most_common(5)) or "nothing"
-        raise DataError(f"there is no .tar below {place.uri} (but {seen}): give the folder or prefix of the shards")
+        seen = ", ".join(f"{count} {what} files" for what, count in others.most_common(5))
+        seen = f" (but {seen})" if seen else ""
+        raise DataError(f"there is no .tar below {place.uri}{seen}: give the folder or prefix of the shards")
     return sorted(tars, key=lambda entry: entry.key), others
 
 

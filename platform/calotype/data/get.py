@@ -56,14 +56,13 @@ class Refused(CalotypeError):
 
 @dataclass
 class Counts:
-    """What reading has cost since the process began."""
+    """What all reading of this process has met since it began."""
 
-    requests: int = 0
-    bytes: int = 0
     retries: int = 0
 
 
 counts = Counts()
+_counting = threading.Lock()
 
 
 _Place = tuple[str, str]  # scheme, host with its port
@@ -83,20 +82,20 @@ class Getter:
         self._lock = threading.Lock()
         self._mine = threading.local()
 
-    def into(self, key: str, start: int, buffer: memoryview, name: str) -> int:
+    def into(self, key: str, start: int, buffer: memoryview, name: str, stop: threading.Event | None = None) -> int:
         """Fill `buffer` from byte `start` on; how many bytes there were.
 
         Raises:
             Gone, Refused: at once.
-            Unreachable: after PATIENCE seconds; names `name` and the last failure.
+            Unreachable: after PATIENCE seconds, or when `stop` is set; names `name` and the last failure.
         """
+        stop = stop or threading.Event()
         have, pause, signed_again = 0, PAUSES[0], False
         last = time.monotonic()  # when the last byte came
         while True:
             before = have
             try:
                 have, more = self._once(key, start, buffer, have)
-                counts.bytes += have - before
                 if not more:
                     return have
                 failure = "the body broke off"
@@ -108,9 +107,9 @@ class Getter:
                 continue
             except _Broken as error:
                 have = error.have
-                counts.bytes += have - before
                 failure = str(error)
-            counts.retries += 1
+            with _counting:
+                counts.retries += 1
             self.close()
             if counts.retries & (counts.retries - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: seen, and no flood
                 log.warning("%s: %s; asks again (%d times so far, over all)", name, failure, counts.retries)
@@ -118,7 +117,8 @@ class Getter:
                 last, pause = time.monotonic(), PAUSES[0]
             if time.monotonic() - last > PATIENCE:
                 raise Unreachable(f"{name} cannot be read: for {PATIENCE:.0f} s {failure}; check server and network")
-            time.sleep(pause * random.uniform(0.5, 1.0))
+            if stop.wait(pause * random.uniform(0.5, 1.0)):
+                raise Unreachable(f"{name} was not read to its end: {failure}, and reading was stopped")
             pause = min(2 * pause, PAUSES[1])
 
     def close(self) -> None:
@@ -128,7 +128,6 @@ class Getter:
 
     def _once(self, key: str, start: int, buffer: memoryview, have: int) -> tuple[int, bool]:
         """(bytes in the buffer, whether more should have come)."""
-        counts.requests += 1
         sock = None
         try:
             place, sock, target = self._connected(key)

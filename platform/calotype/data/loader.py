@@ -21,7 +21,7 @@ class TorchStream(IterableDataset[dict[str, Any]]):
             if batch.samples:
                 made["sample"] = [None if sample is None else sample.members for sample in batch.samples]
             about = {"position": torch.from_numpy(batch.positions), "present": torch.from_numpy(batch.present)}
-            yield made | about | {"key": batch.keys}
+            yield made | about | {"key": batch.keys, "cursor": batch.cursor}
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.stream.state_dict())

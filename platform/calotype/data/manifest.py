@@ -181,14 +181,18 @@ def publish_dataset(store: Store, manifest: Manifest) -> str:
 
 
 def load_dataset(store: Store, digest: str = "") -> Manifest:
-    """The version with this digest, or the newest."""
+    """The newest version whose digest is this one, or begins so (with at least 8 digits); the newest of all for ""."""
+    if digest and not re.fullmatch(r"[0-9a-f]{8,64}", digest):
+        raise DataError(f"{digest!r} is no digest of a version of {store.uri}: give 8 to 64 hex digits of data.digest")
     for key in reversed(versions_of(store)):
         data = store.read(key)
-        if not digest or hashlib.sha256(data).hexdigest() == digest:
+        if hashlib.sha256(data).hexdigest().startswith(digest):
             return Manifest.from_bytes(data)
     if digest:
         raise DataError(f"{store.uri} has no version with digest {digest}: correct data.digest or leave it empty")
-    raise DataError(f"there is no dataset at {store.uri}: run the job `prepare` first, or correct data.name")
+    raise DataError(
+        f"there is no dataset at {store.uri}: run the job `prepare` or `calotype data index` first, or correct its name"
+    )
 
 
 def versions_of(store: Store) -> list[str]:

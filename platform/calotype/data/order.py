@@ -49,7 +49,7 @@ class Order:
     """
 
     def __init__(
-        self, counts: Sequence[int] | npt.NDArray[Any], seed: int, batch: int, lanes: int = 0, window: int = 1024
+        self, counts: Sequence[int] | npt.NDArray[Any], seed: int, batch: int, lanes: int = 0, window: int = 128
     ) -> None:
         self.counts = np.asarray(counts)
         if not len(self.counts) or self.counts.min() < 1:
@@ -58,7 +58,7 @@ class Order:
             self.counts = self.counts.astype(np.int32, copy=False)
         self.seed, self.batch, self.lanes, self.window = seed, batch, lanes or batch, window
         if batch < 1 or not 1 <= self.lanes <= batch or window < 1:
-            raise ConfigError(f"train.lanes={lanes} must be 0 to train.batch={batch}, and train.window={window} be > 0")
+            raise ConfigError(f"lanes={lanes} must be 0 to batch={batch}, and window={window} be greater than 0")
         self._total = int(self.counts.sum(dtype=np.int64))
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], Ints] = OrderedDict()
@@ -98,6 +98,10 @@ class Order:
                 last = left + int(np.flatnonzero((shuffled >= low) & (shuffled < high))[-1])
                 until = max(until, self._position(epoch, lane, last) + 1)
         return until
+
+    def lanes_of(self, mine: range) -> int:
+        """How many lanes these slots take from."""
+        return int(self._lane_of(mine.stop - 1) - self._lane_of(mine.start)) + 1 if mine else 0
 
     def _epoch(self, epoch: int) -> _Epoch:
         with self._lock:

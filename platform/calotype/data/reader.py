@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from calotype.data.chunks import Bad, Chunk, Chunks, Reading, largest_chunk
+from calotype.data.chunks import BESIDE, Bad, Chunk, Chunks, Reading, largest_chunk
 from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
 from calotype.data.get import counts
@@ -20,6 +22,7 @@ from calotype.data.schedule import Schedule
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
 
+MEMORY = 2 * 2**30  # bytes of reading, unless it names its own, or the order needs more
 AHEAD = 256  # batches planned ahead, at most
 BLOCK = 4096  # positions located at once: a call costs as much as some hundred of them
 
@@ -28,8 +31,8 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Order:
-    """What decides which samples come when, and where they end."""
+class OrderSettings:
+    """What decides, with the datasets, which samples come when, and where they end."""
 
     seed: int
     batch: int
@@ -44,10 +47,10 @@ class Rows:
 
     Attributes:
         positions: (n,) global positions.
-        keys: of the samples; of those that are left out, their id.
+        keys: of the samples; of those that are left out #N, the number in their shard, if columns do not tell.
         arrays: name -> (n, ...); zeros for samples that are left out.
         samples: instead of arrays; None for samples that are left out.
-        skipped: (row, reason) of those.
+        skipped: (row, id, reason) of those.
         retries: requests that this process had to repeat since it made the rows before.
     """
 
@@ -56,7 +59,7 @@ class Rows:
     keys: list[str]
     arrays: dict[str, Array] = field(default_factory=dict)
     samples: list[Sample | None] = field(default_factory=list)
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)
     retries: int = 0
 
 
@@ -75,13 +78,14 @@ class Reader:
         slots: of the global batch, that are this process's.
         arrays: `.npy` members to stack; neither these nor `decode`: whole samples.
         decode: sample -> arrays of equal shapes; runs in `threads` threads.
+        reading: as given, with `memory` told.
         allocate: (name, shape, dtype) -> where the rows of a batch are stacked.
     """
 
     def __init__(
         self,
         datasets: Sequence[Dataset],
-        order: Order,
+        order: OrderSettings,
         slots: range,
         reading: Reading,
         arrays: Sequence[str] = (),
@@ -93,24 +97,25 @@ class Reader:
         layouts = [dataset.layout() for dataset in datasets]
         weights = [dataset.weight for dataset in datasets]
         self.schedule = Schedule(layouts, weights, order.seed, order.batch, order.lanes, order.window)
-        self._layouts, self._datasets, self._reading = layouts, datasets, reading
+        self._layouts, self._datasets = layouts, datasets
         self._arrays, self._decode, self._threads = tuple(arrays), decode, threads
         self._like: dict[int, dict[str, tuple[tuple[int, ...], Any]]] = {}  # bucket -> shape and dtype of a row
         self._retries = counts.retries
         self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
-        _check_memory(datasets, order, slots, reading, self.schedule)
+        self.reading = _with_memory(datasets, order, slots, reading, self.schedule)
 
-    def rows(self, position: int, every: int = 1, first: int = 0) -> Iterator[Rows]:
-        """From `position` on; closing the iterator ends its threads.
+    def rows(self, position: int, stop: threading.Event, every: int = 1, first: int = 0) -> Iterator[Rows]:
+        """From `position` on; closing the iterator ends its threads, and so does `stop` where they wait.
 
         Args:
-            every, first: of so many steps only the one with this number.
+            every, first: steps `first`, `first + every`, ... only.
         """
 
         def last_use(pool: int, epoch: int, place: int) -> int:
             return self.schedule.last_use(pool, epoch, place, self.slots)
 
-        chunks = Chunks(self._datasets, self._layouts, self._arrays, self._reading, last_use)
+        reading = self.reading.shared(every)
+        chunks = Chunks(self._datasets, self._layouts, self._arrays, reading, last_use, stop)
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode") if self._decode else None
         try:
             start = position // self._order.batch + first
@@ -134,8 +139,8 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _steps(self, step: int, every: int) -> Iterator[tuple[_Step, list[tuple[int, int, int, int]]]]:
-        """Every so-manieth step from this one on, with the chunks that it uses, but for those that were named
-        for an earlier step of the same block."""
+        """Every `every`-th step from this one on, with the chunks that it uses, but for those that were named for an
+        earlier step of the same block."""
         width, many_chunks = len(self.slots), sum(len(layout.counts) for layout in self._layouts)
         many = max(1, min(BLOCK // max(width, 1), AHEAD, self.schedule.samples // self._order.batch))
         while True:
@@ -160,35 +165,49 @@ class Reader:
             rows = chunk.rows if isinstance(chunk, Chunk) else None
             found.append((chunk, index if rows is None else int(rows[index])))
         keys = [c.table.keys[i] if isinstance(c, Chunk) else c.keys[i] for c, i in found]
-        skipped = [(row, c.reason) for row, (c, _) in enumerate(found) if isinstance(c, Bad)]
+        skipped = [(row, f"{c.shard}/{c.keys[i]}", c.reason) for row, (c, i) in enumerate(found) if isinstance(c, Bad)]
         made = Rows(step.step, step.positions, keys, skipped=skipped, retries=counts.retries - self._retries)
         self._retries += made.retries
         if self._arrays:
             self._gather(made, found)
         elif pool is not None and self._decode is not None:
-            self._decoded(made, [self._sample(c, i) for c, i in found], pool, self._decode)
+            self._decoded(made, found, pool, self._decode)
         else:
-            made.samples = [self._sample(c, i, copy=True) for c, i in found]
+            made.samples = [self._sample(c, i) for c, i in found]
             return made
-        first = found[0][0]
+        bucket = found[0][0].bucket
         if made.arrays:
-            self._like[first.bucket] = {name: (array.shape[1:], array.dtype) for name, array in made.arrays.items()}
+            self._like[bucket] = {name: (array.shape[1:], array.dtype) for name, array in made.arrays.items()}
             return made
         # All of it is left out: zeros of the shape that such batches have, which weigh nothing.
-        like = self._like.get(first.bucket) or (first.like if isinstance(first, Bad) else {})
+        if bucket not in self._like:
+            self._like[bucket] = self._example(chunks, bucket)
+        like = self._like[bucket]
         if not like:
-            raise DataError(f"no sample of the first batch of its shape can be read: {made.skipped[0][1]}")
+            raise DataError(f"of no sample like {made.skipped[0][1]} the shape can be told: {made.skipped[0][2]}")
         made.arrays = {name: np.zeros((len(keys), *shape), dtype) for name, (shape, dtype) in like.items()}
         return made
 
-    def _sample(self, chunk: Chunk | Bad, index: int, copy: bool = False) -> Sample | None:
+    def _example(self, chunks: Chunks, bucket: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape and dtype of each array of a bucket's samples, from one that can be read; {} if none is found."""
+        for chunk in chunks.examples(bucket):
+            if self._arrays:
+                return {name: (one.shape, one.dtype) for name, one in chunk.arrays.items()}
+            for index in range(len(chunk.table.keys)):
+                sample = self._sample(chunk, index)
+                with suppress(Exception):
+                    if self._decode and sample:
+                        return {name: (one.shape, one.dtype) for name, one in self._decode(sample).items()}
+        return {}
+
+    def _sample(self, chunk: Chunk | Bad, index: int) -> Sample | None:
+        """Its bytes are copied: the chunk's buffer is used again."""
         if isinstance(chunk, Bad):
             return None
         view, spans = chunk.view, chunk.table.sample(index)
-        members: dict[str, bytes | memoryview] = {name: view[at : at + size] for name, (at, size) in spans.items()}
-        if copy:  # the buffer is used again
-            members = {name: bytes(data) for name, data in members.items()}
-        return Sample(chunk.table.keys[index], members)
+        return Sample(
+            chunk.table.keys[index], {name: bytes(view[at : at + size]) for name, (at, size) in spans.items()}
+        )
 
     def _gather(self, made: Rows, found: list[tuple[Chunk | Bad, int]]) -> None:
         """Stack the arrays of a batch: one copy of each row, from the buffer that the network filled."""
@@ -211,45 +230,67 @@ class Reader:
                 target[row * size : (row + 1) * size] = chunk.view[at : at + size]
             made.arrays[name] = out
 
-    def _decoded(self, made: Rows, samples: list[Sample | None], pool: ThreadPoolExecutor, decode: Decode) -> None:
-        def one(sample: Sample | None) -> Mapping[str, Array] | DataError | None:
+    def _decoded(
+        self, made: Rows, found: list[tuple[Chunk | Bad, int]], pool: ThreadPoolExecutor, decode: Decode
+    ) -> None:
+        def one(place: tuple[Chunk | Bad, int]) -> Mapping[str, Array] | DataError | None:
+            sample = self._sample(*place)
             if sample is None:
                 return None
             try:
                 return decode(sample)
             except DataError as error:
-                if self._reading.on_error == "strict":
-                    raise
-                return error
+                failure = error
+            except Exception as error:
+                failure = DataError(f"sample {sample.key} cannot be decoded ({type(error).__name__}: {error})")
+                failure.__cause__ = error
+            if self.reading.on_error == "strict":
+                raise failure
+            return failure
 
-        parts = list(pool.map(one, samples))
-        made.skipped += [(row, str(part)) for row, part in enumerate(parts) if isinstance(part, DataError)]
-        like = next((part for part in parts if isinstance(part, Mapping)), {})
-        for name, example in like.items():
-            out = self._allocate(name, (len(parts), *example.shape), example.dtype)
+        parts = list(pool.map(one, found))
+        for row, part in enumerate(parts):
+            if isinstance(part, DataError):
+                made.skipped.append((row, f"{found[row][0].shard}/{made.keys[row]}", str(part)))
+        shapes = [
+            None if not isinstance(part, Mapping) else {name: (one.dtype, one.shape) for name, one in part.items()}
+            for part in parts
+        ]
+        like = next((shape for shape in shapes if shape is not None), {})
+        for key, one_shape in zip(made.keys, shapes):
+            if one_shape not in (None, like):
+                raise DataError(f"decode makes {one_shape} of sample {key}, and {like} of others in its batch: "
+                                "it must give the same names, dtypes and shapes")  # fmt: skip
+        for name, (dtype, shape) in like.items():
+            out = self._allocate(name, (len(parts), *shape), dtype)
             for row, part in enumerate(parts):
                 out[row] = part[name] if isinstance(part, Mapping) else 0
             made.arrays[name] = out
 
 
-def _check_memory(
-    datasets: Sequence[Dataset], order: Order, slots: range, reading: Reading, schedule: Schedule
-) -> None:
-    """
+def _with_memory(
+    datasets: Sequence[Dataset], order: OrderSettings, slots: range, reading: Reading, schedule: Schedule
+) -> Reading:
+    """`reading` with the memory that the lanes of these slots need, or more, if it names none.
+
     Raises:
-        ConfigError: what the lanes of these slots hold at once cannot fit.
+        ConfigError: it names less.
     """
     processes = min(max(reading.workers, 1), len(slots))
-    room = reading.shared(processes).for_chunks
     width = -(-len(slots) // processes)
-    lanes = -(-width * (order.lanes or order.batch) // order.batch)
-    held = [max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
-            for dataset in datasets]  # fmt: skip
-    whole = sum(shard.bytes for dataset in datasets for shard in dataset.shards)
-    need = min(lanes * sum(held) // len(held), whole)
+    lanes = schedule.lanes(range(slots.start, slots.start + width))
+    need = 0
+    for dataset, count in zip(datasets, lanes, strict=True):
+        held = max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
+        need += min(count * held, sum(shard.bytes for shard in dataset.shards))
+    if not reading.memory:
+        return replace(reading, memory=max(MEMORY, processes * (need + min(need // 3 + 1, BESIDE))))
+    room = reading.shared(processes).for_chunks
     if need > room:
-        have = f"stream.memory_mb={reading.memory / 2**20:.3g} leaves {room / 2**20:.3g} to each of {processes}"
+        have = f"memory={reading.memory / 2**20:,.0f} MiB leaves {room / 2**20:,.0f} to each of {processes}"
         raise ConfigError(
-            f"the lanes of one reading process hold up to {need / 2**20:.3g} MiB of chunks at once, and {have}: raise "
-            f"it, or lower train.window={order.window} or train.lanes={order.lanes or order.batch}"
+            f"the lanes of one reading process hold up to {need / 2**20:,.0f} MiB of chunks at once, and {have}: "
+            f"raise it (stream.memory_mb of a job), or lower window={order.window} or "
+            f"lanes={order.lanes or order.batch} (train.window, train.lanes)"
         )
+    return reading

@@ -34,6 +34,15 @@ Parts: TypeAlias = list[dict[str, Any]]
 
 _clients: dict[tuple[Any, ...], Any] = {}
 _clients_lock = threading.Lock()
+
+
+def _forked() -> None:
+    """Another thread may have held the lock when this process was forked, and there is none here to free it."""
+    global _clients_lock
+    _clients_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
 _BROKEN_BODY = (
     botocore.exceptions.IncompleteReadError,
     botocore.exceptions.ReadTimeoutError,
@@ -117,7 +126,10 @@ def _explained(uri: str) -> Iterator[None]:
             raise CalotypeError(f"{uri} is refused ({code}): check AWS_ACCESS_KEY_ID and its secret") from error
         raise CalotypeError(f"{uri} failed: {error}") from error
     except botocore.exceptions.NoCredentialsError as error:
-        raise CalotypeError(f"no S3 credentials for {uri}: run `calotype up` or set AWS_ACCESS_KEY_ID") from error
+        raise CalotypeError(
+            f"no S3 credentials for {uri}: set AWS_ACCESS_KEY_ID; for the S3 of `calotype up`, run in its folder, and "
+            "in Python call calotype.environment.load_services() first"
+        ) from error
     except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         raise Unreachable(f"{uri} cannot be reached ({error}): check AWS_ENDPOINT_URL_S3 and the server") from error
 
@@ -160,13 +172,13 @@ class S3Store(Store):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, start: int, buffer: memoryview, stop: threading.Event | None = None) -> int:
         if (getter := _getter(self.bucket)) is None or not len(buffer):
-            return super().read_into(key, start, buffer)
+            return super().read_into(key, start, buffer, stop)
         uri = f"{self.uri}/{key}"
         try:
             with _explained(uri):
-                return getter.into(self._name(key), start, buffer, uri)
+                return getter.into(self._name(key), start, buffer, uri, stop)
         except Gone as error:
             raise Missing(f"{uri} does not exist ({error})") from error
         except Refused as error:

@@ -3,8 +3,12 @@
 A global batch holds samples of one bucket (shape).  Within epoch e bucket k has the batches that its own stream of
 samples completes, floor((e + 1) V_k / B) - floor(e V_k / B) of them for V_k samples; which step takes which bucket is a
 permutation of these.  Within a bucket, slots are dealt to datasets by a pattern that repeats every K batches, so that
-each dataset has its share of every batch and of every rank's slots, and goes through its own `Order`.  All of it is a
-pure function of (manifests, weights, seed, batch): position -> chunk and index, for any position at once.
+each dataset has its share of every batch and of every rank's slots, and goes through its own `Order`.  A dataset with
+fewer slots in a batch than there are ranks is read by several of them: a small part of a mixture costs up to that many
+times its bytes.
+
+All of it is a pure function of (manifests, weights, seed, batch, lanes, window): position -> chunk and index, for any
+position at once.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ class Places(NamedTuple):
 class _Pool:
     """The chunks of one dataset in one bucket."""
 
+    dataset: int
     first: int  # chunk of the dataset, over all datasets
     chunks: Ints | None  # (chunks,) their numbers in the dataset; None: all of them
     order: Order
@@ -64,8 +69,8 @@ class Schedule:
         if any(not weight > 0 for weight in weights):
             raise ConfigError(f"weights of datasets must be greater than 0, not {', '.join(map(str, weights))}")
         if lanes and not 1 <= lanes <= batch:
-            raise ConfigError(f"train.lanes={lanes} must be 0 to train.batch={batch}")
-        self.batch, self.seed = batch, seed
+            raise ConfigError(f"lanes={lanes} must be 0 to batch={batch} (train.lanes, train.batch)")
+        self.batch, self.seed, self._datasets = batch, seed, len(layouts)
         firsts = np.cumsum([0, *(len(layout.counts) for layout in layouts)])
         buckets = sorted({bucket for layout in layouts for bucket in layout.buckets()})
         sizes = [[_size(layout, bucket) for bucket in buckets] for layout in layouts]
@@ -81,7 +86,7 @@ class Schedule:
                 chunks, counts = layouts[d].chunks_of(bucket), layouts[d].counts
                 share = max(1, min(quota, round((lanes or batch) * quota / (mix.cycle * batch))))
                 order = Order(counts if chunks is None else counts[chunks], seed, quota, share, window)
-                self._pools.append(_Pool(int(firsts[d]), chunks, order))
+                self._pools.append(_Pool(d, int(firsts[d]), chunks, order))
             self._mixes.append(mix)
         self._epochs: OrderedDict[int, _Steps] = OrderedDict()
         self._lock = threading.Lock()
@@ -114,6 +119,16 @@ class Schedule:
                 made.chunk[rows_here], made.row[rows_here] = pool.numbers(chunk), index
                 made.pool[rows_here], made.place[rows_here] = mix.first + number, place
                 made.epoch[rows_here] = positions // len(pool.order)
+
+    def lanes(self, mine: range) -> list[int]:
+        """Of every dataset, how many lanes slots `mine` take from, in all of its buckets."""
+        found = [0] * self._datasets
+        for mix in self._mixes:
+            for number, lines in enumerate(mix.lines):
+                pool = self._pools[mix.first + number]
+                low, high = np.searchsorted(lines, [mine.start * mix.cycle, mine.stop * mix.cycle])
+                found[pool.dataset] += pool.order.lanes_of(range(int(low), int(high)))
+        return found
 
     def last_use(self, pool: int, epoch: int, place: int, mine: range) -> int:
         """One past the last global position at which slots `mine` need the chunk in this epoch of its pool."""
@@ -153,8 +168,7 @@ class Schedule:
             epoch += 1
         while epoch * count // self.batch > turn:
             epoch -= 1
-        at = np.flatnonzero(self._steps(epoch).bucket == k)[turn - epoch * count // self.batch]
-        return self._steps_before(epoch) + int(at)
+        return self._steps_before(epoch) + int(self._steps(epoch).of[k][turn - epoch * count // self.batch])
 
     def _steps(self, epoch: int) -> _Steps:
         with self._lock:
@@ -163,8 +177,9 @@ class Schedule:
                 bucket = np.repeat(np.arange(len(sizes)), sizes)
                 bucket = bucket[permutation(len(bucket), self.seed, Purpose.SHAPES, epoch)]
                 turn = np.empty_like(bucket)
-                turn[np.argsort(bucket, kind="stable")] = np.concatenate([np.arange(size) for size in sizes])
-                self._epochs[epoch] = _Steps(bucket, turn)
+                by_bucket = np.argsort(bucket, kind="stable")
+                turn[by_bucket] = np.concatenate([np.arange(size) for size in sizes])
+                self._epochs[epoch] = _Steps(bucket, turn, np.split(by_bucket, np.cumsum(sizes)[:-1]))
                 while len(self._epochs) > 4:
                     self._epochs.popitem(last=False)
             return self._epochs[epoch]
@@ -175,6 +190,7 @@ class _Steps(NamedTuple):
 
     bucket: Ints
     turn: Ints
+    of: list[Ints]  # the other way: a bucket's steps
 
 
 class _Mix:
@@ -217,7 +233,7 @@ def _quotas(sizes: Sequence[int], batch: int) -> tuple[int, list[int]]:
         cycle *= 2
     if min(quotas) < 1:
         raise ConfigError(f"a dataset with a share of {float(min(shares)):.2g} has no slot in {CYCLE} batches of "
-                          f"{batch}: give it a greater weight, or train.batch more")  # fmt: skip
+                          f"{batch}: give it a greater weight, or raise the batch")  # fmt: skip
     return cycle, quotas
 
 

@@ -2,40 +2,37 @@
 
     manifest -> Schedule: position -> chunk, index        pure (schedule.py, order.py)
              -> Chunks: range GETs ahead, verified        in threads (chunks.py, get.py)
-             -> Reader: rows of a batch, stacked          here, or in loader processes (reader.py, worker.py)
+             -> Reader: rows of a batch, stacked          here, or in loader processes (reader.py, processes.py)
              -> Stream: batches, cursor, quarantine
 
 The ids of every global batch are the same for every world size and number of loader processes; each sample comes once
-per epoch; every rank takes the same steps.  The state is one integer.
+per epoch; every rank takes the same steps.  The state is one position in that order.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import queue
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from typing import Any
 
 import numpy as np
 
-import calotype.data.worker as worker
+from calotype.data import processes, worker
 from calotype.data.chunks import Reading
 from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
 from calotype.data.order import slots
-from calotype.data.reader import Array, Decode, Order, Reader, Rows
+from calotype.data.reader import Array, Decode, OrderSettings, Reader, Rows
 from calotype.data.shards import Sample
-from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +77,17 @@ class Stream(Iterable[Batch]):
         until: global position before which the last batch begins: nothing is read for what follows.  0: there is none.
         rank, world: of this process; `world` need not divide `batch`.
         arrays: `.npy` members to stack: {"latent": (n, ...)} for ("latent",).
-        decode: sample -> arrays of equal shapes, for members that are not arrays.  Of a module, for loader processes.
+        decode: sample -> {name: array}, for members that are not arrays: the same names, dtypes and shapes for all
+            samples of a batch.  It runs in many threads; whatever it raises is of that sample alone.  For loader
+            processes, a function of a module.
         reading: memory, threads, processes, disk cache, quarantine.
 
+    Attributes:
+        skipped: id -> reason of the samples that quarantine left out here; an id is the key below its shard's.
+        retries: reads that had to be repeated here.
+
     Raises:
-        ConfigError: settings that cannot be.
+        ConfigError: invalid settings.
         DataError: nothing to read; while iterating: a shard that is missing, cut, damaged or replaced, by name.
     """
 
@@ -104,22 +107,28 @@ class Stream(Iterable[Batch]):
         reading: Reading | None = None,
     ) -> None:
         self.datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
-        self.order = Order(seed, batch, lanes, window, until)
-        self.reading = reading or Reading()
+        if not self.datasets or not all(isinstance(one, Dataset) and one.shards for one in self.datasets):
+            raise ConfigError("a stream needs at least one Dataset, and shards in each: see open_dataset, open_cache")
+        if isinstance(arrays, str):
+            raise ConfigError(f"arrays={arrays!r} must be a list of names: [{arrays!r}]")
+        self.order = OrderSettings(seed, batch, lanes, window, until)
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank={rank} must be at least 0, and less than world={world}")
         self.slots = slots(rank, world, batch)
         if not self.slots:
             raise ConfigError(f"rank {rank} of {world} has no sample of a batch of {batch}: raise the batch")
         if until < 0:
             raise ConfigError(f"until={until} is no position: 0 is for a stream without an end")
+        self.reading = reading or Reading()
+        if self.reading.workers and getattr(decode, "__module__", "") == "__main__":
+            raise ConfigError("loader processes cannot import `decode` from the script that runs: move it to a module, "
+                              "or decode in threads (workers=0)")  # fmt: skip
         self.arrays, self.decode = tuple(arrays), decode
-        self.skipped: dict[str, str] = {}  # id -> reason, of samples that quarantine left out here
-        self.retries = 0  # requests that had to be repeated here
-        self._position, self._stop = 0, threading.Event()
-        self._reader = Reader(self.datasets, self.order, self.slots, self.reading, self.arrays, decode, self._threads())
-
-    def __len__(self) -> int:
-        """Batches per epoch, the last of which may be shared with the next."""
-        return -(-self._reader.schedule.samples // self.order.batch)
+        self.skipped: dict[str, str] = {}
+        self.retries = 0
+        self._reason = ""  # of the sample that was left out last
+        self._position = 0
+        self._begin()
 
     @property
     def epoch_samples(self) -> int:
@@ -128,66 +137,89 @@ class Stream(Iterable[Batch]):
 
     def state_dict(self) -> dict[str, int]:
         """The cursor: good on every rank, at any world size and number of workers."""
-        return {"position": self._position}
+        return self._cursor(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a cursor; an iteration that is under way ends.
+        """Go to a cursor, of which `position` is enough; an iteration that is under way ends.
 
         Raises:
-            DataError: it is not where a batch begins.
+            DataError: it is not where a batch begins, or of another order.
         """
-        position = state["position"]
+        position = state.get("position", -1)
         if position < 0 or position % self.order.batch:
-            raise DataError(
-                f"position {position} is not the start of a batch of {self.order.batch}: train.batch was changed"
-            )
+            raise DataError(f"position {position} is not the start of a batch of {self.order.batch}: "
+                            "the batch was changed")  # fmt: skip
+        for name, value in self._cursor(position).items():
+            if state.get(name, value) != value:
+                raise DataError(f"the cursor is of a stream with {name}={state[name]}, this one has {name}={value}: "
+                                "another order, in which it means nothing")  # fmt: skip
         self.close()
         self._position = position
 
-    def at(self, position: int) -> Stream:
-        """This stream, from a global position on."""
+    def seek(self, position: int) -> Stream:
+        """Go to a global position; returns the stream itself."""
         self.load_state_dict({"position": position})
         return self
+
+    def _cursor(self, position: int) -> dict[str, int]:
+        order = self.order
+        return {"position": position, "seed": order.seed, "batch": order.batch, "lanes": order.lanes,
+                "window": order.window}  # fmt: skip
 
     def where(self, position: int) -> str:
         """A cursor, in words."""
         epoch, index = divmod(position, self.epoch_samples)
         return f"cursor {position:,}: epoch {epoch + 1}, sample {index:,} of {self.epoch_samples:,}"
 
-    def left_out(self) -> dict[str, str]:
-        """id -> reason of the samples that quarantine left out here."""
-        return dict(self.skipped)
-
     def close(self) -> None:
         """Stop reading; iterating again goes on from the cursor."""
         self._stop.set()
+        if (current := self._current()) is not None:
+            with suppress(ValueError):  # another thread is in it: it ends with its batch
+                current.close()
 
     def as_torch(self) -> Any:
         """A torch `IterableDataset` over this stream, for `DataLoader(..., batch_size=None)`; it yields dicts.
 
-        {name: tensor (n, ...), "position": (n,), "present": (n,), "key": [...]}.  torchdata's `StatefulDataLoader`
-        finds `state_dict` and `load_state_dict` on it.  Worker processes of a DataLoader each read all chunks of the
-        rank: `Reading(workers=...)` shares them instead.
+        {name: tensor (n, ...), "position": (n,), "present": (n,), "key": [...], "cursor": {...}}.  torchdata's
+        `StatefulDataLoader` finds `state_dict` and `load_state_dict` on it; beside a plain `DataLoader` with worker
+        processes, which have the stream's state, keep the `cursor` of the last batch for `stream.load_state_dict`.
+        Worker processes of a DataLoader each read all chunks of the rank: `Reading(workers=...)` shares them instead.
         """
         from calotype.data.loader import TorchStream
 
         return TorchStream(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_stop", "_reader")}
+        own = ("_stop", "_reader", "_current")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
         self._stop = threading.Event()
+        self._current: Callable[[], Generator[Batch, None, None] | None] = lambda: None
         self._reader = Reader(
             self.datasets, self.order, self.slots, self.reading, self.arrays, self.decode, self._threads()
         )
+        self.reading = self._reader.reading
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._stop = stop = threading.Event()
+        self._stop = threading.Event()
+        batches = self._batches(self._stop)
+        self._current = weakref.ref(batches)
+        return batches
+
+    def _batches(self, stop: threading.Event) -> Generator[Batch, None, None]:
         every, first = _loader()
-        with self._parts(every, first) as parts:
+        if every > 1 and (self.reading.workers or self.reading.on_error != "strict"):
+            raise ConfigError("in worker processes of a DataLoader a stream has no loader processes of its own, and "
+                              "nobody who counts what quarantine leaves out: use DataLoader(num_workers=0) and "
+                              "Reading(workers=...)")  # fmt: skip
+        with self._parts(every, first, stop) as parts:
             while not stop.is_set():
                 began = time.perf_counter()
                 rows = next(parts, None)
@@ -204,43 +236,41 @@ class Stream(Iterable[Batch]):
     def _batch(self, rows: Rows, wait: float) -> Batch:
         self.retries += rows.retries
         present = np.ones(len(rows.keys), np.bool_)
-        for row, reason in rows.skipped:
+        for row, name, reason in rows.skipped:
             present[row] = False
-            if rows.keys[row] not in self.skipped:
-                self.skipped[rows.keys[row]] = reason
-                log.warning("left out: sample %s (%s)", rows.keys[row], reason)
+            if name not in self.skipped:
+                if reason != self._reason:  # a damaged chunk is said once, not for each of its samples
+                    log.warning("left out: sample %s, and others of which the same is said (%s)", name, reason)
+                self.skipped[name], self._reason = reason, reason
         if len(self.skipped) > self.reading.error_budget:
             some, reason = list(self.skipped)[:5], next(iter(self.skipped.values()))
             raise DataError(
-                f"{len(self.skipped)} samples had to be left out, more than stream.error_budget="
-                f"{self.reading.error_budget}: {', '.join(some)} ... ({reason})"
+                f"{len(self.skipped)} samples had to be left out, more than error_budget={self.reading.error_budget} "
+                f"(stream.error_budget): {', '.join(some)} ... ({reason})"
             )
-        cursor = {"position": (rows.step + 1) * self.order.batch}
+        cursor = self._cursor((rows.step + 1) * self.order.batch)
         return Batch(rows.step, rows.positions, rows.keys, rows.arrays, rows.samples, present, wait, cursor)
 
     # ---------------------------------------------------------------------------------- where rows are made
 
     @contextmanager
-    def _parts(self, every: int, first: int) -> Iterator[Iterator[Rows]]:
-        """Rows from the cursor on, of every so-manieth step; whoever makes them ends with the context."""
-        if self.reading.workers and every == 1:
-            with ExitStack() as stack:
-                count = min(self.reading.workers, len(self.slots))
-                shares = [slots(i, count, len(self.slots)) for i in range(count)]
-                shares = [range(self.slots.start + s.start, self.slots.start + s.stop) for s in shares]
-                reading = self.reading.shared(count)
-                order, position = self.order, self._position
-                made = (self.datasets, order, reading, self.arrays, self.decode, position)
-                processes = [stack.enter_context(_Process(worker.Task(share, *made))) for share in shares]
-                yield _joined(processes)
+    def _parts(self, every: int, first: int, stop: threading.Event) -> Iterator[Iterator[Rows]]:
+        """Rows of every `every`-th step from the cursor on; whoever makes them ends with the context."""
+        if self.reading.workers:
+            count = min(self.reading.workers, len(self.slots))
+            shares = [slots(i, count, len(self.slots)) for i in range(count)]
+            shares = [range(self.slots.start + s.start, self.slots.start + s.stop) for s in shares]
+            made = (self.datasets, self.order, self.reading.shared(count), self.arrays, self.decode, self._position)
+            with processes.joined([worker.Task(share, *made) for share in shares]) as rows:
+                yield rows
             return
         ready: queue.Queue[Rows | BaseException | None] = queue.Queue(maxsize=READY)
-        over, source = threading.Event(), self._reader.rows(self._position, every, first)
-        threading.Thread(target=_fill, args=(source, ready, over), daemon=True, name="stream").start()
+        source = self._reader.rows(self._position, stop, every, first)
+        threading.Thread(target=_fill, args=(source, ready, stop), daemon=True, name="stream").start()
         try:
             yield _taken(ready)
         finally:
-            over.set()
+            stop.set()
 
 
 def _loader() -> tuple[int, int]:
@@ -275,85 +305,3 @@ def _taken(ready: queue.Queue[Rows | BaseException | None]) -> Iterator[Rows]:
         if isinstance(item, BaseException):
             raise item
         yield item
-
-
-class _Process:
-    """A loader process, its end of the connection, and the memory that it shares."""
-
-    def __init__(self, task: worker.Task) -> None:
-        self.connection, theirs = Pipe()
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed below
-        memory = os.memfd_create("calotype") if hasattr(os, "memfd_create") else os.dup(self.file.fileno())
-        self.memory, self.map, self.size = memory, mmap.mmap(-1, 1), 0
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        program = "from calotype.data.worker import main; main()"
-        command = [sys.executable, "-c", program, str(theirs.fileno()), str(memory)]
-        self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(), memory), env=environment)
-        theirs.close()
-        self.connection.send(task)
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        try:
-            self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.memory)
-        self.file.close()
-
-    def take(self) -> worker.Sent | None:
-        """The next batch's rows; None behind the last.
-
-        Raises:
-            CalotypeError: what the process met, or that it died.
-        """
-        try:
-            item = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            status = self.process.wait()
-            said = f"signal {-status}" if status < 0 else f"exit {status}"
-            raise CalotypeError(f"a loader process died ({said}): if memory ran out, lower stream.memory_mb or "
-                                "stream.workers") from error  # fmt: skip
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            return None
-        assert isinstance(item, worker.Sent)
-        if item.size != self.size:
-            self.map, self.size = mmap.mmap(self.memory, item.size), item.size
-        return item
-
-    def arrays(self, sent: worker.Sent) -> dict[str, Array]:
-        """Views of the shared memory; good until `done`."""
-        return {name: worker.placed(self.map, *place) for name, place in sent.fields.items()}
-
-    def done(self, sent: worker.Sent) -> None:
-        if sent.slot >= 0:  # else there was nothing in the shared memory, and nobody waits for it
-            with suppress(BrokenPipeError):
-                self.connection.send(sent.slot)
-
-
-def _joined(processes: list[_Process]) -> Iterator[Rows]:
-    """The rows of all processes, as if one had made them: copied once, so that the memory may be used again."""
-    while True:
-        sent = [one for one in [process.take() for process in processes] if one is not None]
-        if not sent:
-            return
-        assert len(sent) == len(processes), "all take the same steps: part of a batch must not pass for one"
-        made, first = Rows(sent[0].rows.step, np.concatenate([one.rows.positions for one in sent]), []), 0
-        made.retries = sum(one.rows.retries for one in sent)
-        parts = [process.arrays(one) for process, one in zip(processes, sent)]
-        for one in sent:
-            made.keys += one.rows.keys
-            made.samples += one.rows.samples
-            made.skipped += [(first + row, reason) for row, reason in one.rows.skipped]
-            first += len(one.rows.keys)
-        for name in parts[0]:
-            made.arrays[name] = np.concatenate([part[name] for part in parts])
-        for process, one in zip(processes, sent):
-            process.done(one)
-        yield made

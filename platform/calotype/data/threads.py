@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,6 +25,41 @@ class Memory(threading.local):
         if len(self._bytes) < size:
             self._bytes = bytearray(size)
         return memoryview(self._bytes)
+
+
+class Daemons:
+    """An executor whose threads do not hold up the end of the process: those of concurrent.futures are joined then, and
+    one that waits for a server may take minutes."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = SimpleQueue()
+        self._count, self._closed = count, False
+        for number in range(count):
+            threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True).start()
+
+    def submit(self, work: Callable[[T], R], item: T) -> Future[R]:
+        future: Future[R] = Future()
+        self._tasks.put((future, work, item))
+        return future
+
+    def close(self) -> None:
+        """What has not begun is cancelled; what has goes on to its end."""
+        self._closed = True
+        for _ in range(self._count):
+            self._tasks.put(None)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, work, item = task
+            if self._closed:
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work(item))
+            except BaseException as error:
+                future.set_exception(error)
+            del future, work, item, task
 
 
 class _Stopped(BaseException):

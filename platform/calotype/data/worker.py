@@ -1,7 +1,8 @@
 """A loader process: its arguments are CONNECTION and MEMORY, two file descriptors of its parent's.
 
-It writes the rows of each batch into a slot of shared memory and sends where they lie, never the bytes themselves.  It
-ends when its parent does, or closes the connection.
+It writes the arrays of each batch into a slot of shared memory and sends where they lie, not the bytes (but those of
+whole samples, where neither arrays nor `decode` were asked for).  It ends when its parent does, or closes the
+connection.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import pickle
 import sys
+import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,7 +25,8 @@ import numpy as np
 
 from calotype.data.chunks import Reading
 from calotype.data.dataset import Dataset
-from calotype.data.reader import Array, Decode, Order, Reader, Rows
+from calotype.data.reader import Array, Decode, OrderSettings, Reader, Rows
+from calotype.errors import CalotypeError
 
 SLOTS = 4  # batches that a worker is ahead
 ALIGN = 64  # bytes
@@ -33,7 +39,7 @@ class Task:
 
     slots: range
     datasets: Sequence[Dataset]
-    order: Order
+    order: OrderSettings
     reading: Reading
     arrays: Sequence[str]
     decode: Decode | None
@@ -113,13 +119,25 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent has what it wanted, or is gone
     except BaseException as error:  # whatever it is, the parent must get it
-        connection.send(error)
+        with suppress(BrokenPipeError):
+            connection.send(_portable(error))
     os._exit(0)  # threads may hang in a read
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, if it is ours; else one that says what it was, for not all of them survive the journey."""
+    if isinstance(error, CalotypeError):
+        with suppress(Exception):
+            pickle.loads(pickle.dumps(error))
+            return error
+    made = CalotypeError(f"a loader process failed ({type(error).__name__}: {error})")
+    made.add_note("".join(traceback.format_exception(error)))
+    return made
 
 
 def _sent(task: Task, ring: _Ring) -> Iterator[Sent]:
     reader = Reader(task.datasets, task.order, task.slots, task.reading, task.arrays, task.decode, 1, ring.allocate)
-    for rows in reader.rows(task.position):
+    for rows in reader.rows(task.position, threading.Event()):
         yield ring.sent(rows)
 
 

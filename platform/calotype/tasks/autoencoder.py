@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calotype.config import TrainAutoencoder
-from calotype.data import images, shards
-from calotype.data.manifest import Manifest, load_dataset
+from calotype.data import Dataset, images
+from calotype.data.elsewhere import dataset_store
+from calotype.data.manifest import load_dataset
 from calotype.data.shards import Sample
-from calotype.data.store import Store, open_store
+from calotype.data.store import Store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
 from calotype.runs import Record
@@ -75,13 +76,13 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
         model, config.optim, config.engine, worker, loop.accumulation(micro, config.train.batch, worker.world)
     )
     decode = Decoder(config.resolution, config.data.max_pixels)
-    held_out = HeldOut(config, worker, store, dataset, decode)
+    held_out = HeldOut(config, worker, batches.source(config.data, config.root, store, dataset, "held_out"), decode)
 
     stream = batches.stream(config, batches.source(config.data, config.root, store, dataset), worker, decode=decode)
     task = loop.Task(
         engines={NAME: engine},
-        batches=stream.at,
-        left_out=stream.left_out,
+        batches=stream.seek,
+        left_out=lambda: stream.skipped,
         retries=lambda: stream.retries,
         where=stream.where,
         prepare=lambda share: prepared(share, config),
@@ -135,17 +136,9 @@ def step(engine: Engine, rows: Mapping[str, Tensor], config: TrainAutoencoder) -
 class HeldOut:
     """The held-out images, dealt to the workers, and how well they are reconstructed; decoded when first needed."""
 
-    def __init__(
-        self,
-        config: TrainAutoencoder,
-        worker: Worker,
-        store: Store,
-        dataset: Manifest,
-        decode: Decoder,
-    ) -> None:
-        self.config, self.worker, self.store, self.decode = config, worker, store, decode
-        self.shards = dataset.split("held_out")
-        self.count = min(HELD_OUT, sum(shard.samples for shard in self.shards))
+    def __init__(self, config: TrainAutoencoder, worker: Worker, dataset: Dataset, decode: Decoder) -> None:
+        self.config, self.worker, self.dataset, self.decode = config, worker, dataset, decode
+        self.count = min(HELD_OUT, len(dataset))
         self._pixels: list[Pixels] = []
 
     def validate(self, engine: Engine) -> dict[str, float]:
@@ -198,8 +191,7 @@ class HeldOut:
 
     def _read(self) -> list[Pixels]:
         if not self._pixels:
-            found = islice(shards.iterate(self.store, self.shards), self.count)
-            self._pixels = [self.decode(sample)["pixels"] for sample in found]
+            self._pixels = [self.decode(sample)["pixels"] for sample in islice(self.dataset.samples(), self.count)]
         return self._pixels
 
     def _reconstructed(self, engine: Engine, pixels: Sequence[Pixels]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,4 +249,4 @@ def _publish(weights: Mapping[str, Tensor], config: TrainAutoencoder, record: Re
 
 
 def _dataset_store(config: TrainAutoencoder) -> Store:
-    return open_store(config.root).at("datasets", config.data.name)
+    return dataset_store(config.root, config.data.name)

@@ -51,7 +51,7 @@ def check(config: TrainAutoencoder | TrainDenoiser, dataset: Dataset) -> None:
 
 
 def source(data: Data, root: str, store: Store, manifest: Manifest, split: str = "train") -> Dataset:
-    """The samples that are trained on: of the dataset, or of the cache of it, that `manifest` in `store` is."""
+    """The samples of a split that may be used: of the dataset, or of the cache of it, that `manifest` in `store` is."""
     keep = None
     if data.selection:
         place = open_store(root).at("datasets", data.name)

@@ -22,6 +22,7 @@ import numpy as np
 from calotype import runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
 from calotype.data import cache, images, shards
+from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import CACHE, Manifest, Shard, load_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import Missing, Store, open_store
@@ -327,4 +328,4 @@ def _manifest(dataset: Manifest, latents: Store, encoding: Mapping[str, Any], re
 
 
 def _dataset_store(config: CacheLatents) -> Store:
-    return open_store(config.root).at("datasets", config.data.name)
+    return dataset_store(config.root, config.data.name)

@@ -16,8 +16,8 @@ import numpy as np
 
 from calotype import runs, track
 from calotype.config import TrainDenoiser
-from calotype.data import cache, shards
-from calotype.data.store import Store, open_store
+from calotype.data import Dataset, cache
+from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.model import folders
@@ -111,7 +111,8 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     steps = loop.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
-    held_out = HeldOut(config, worker, manifest, latents, rows, micro)
+    unseen = batches.source(config.data, config.root, latents, manifest, "held_out")
+    held_out = HeldOut(config, worker, unseen, rows, micro)
     grid = Grid(config, worker, manifest)
 
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,8 +122,8 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     stream = batches.stream(config, dataset, worker, ("latent", *config.conditions))
     task = loop.Task(
         engines={NAME: engine},
-        batches=stream.at,
-        left_out=stream.left_out,
+        batches=stream.seek,
+        left_out=lambda: stream.skipped,
         retries=lambda: stream.retries,
         where=stream.where,
         prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
@@ -193,12 +194,9 @@ class Rows:
 class HeldOut:
     """The held-out latents, dealt to the workers; the same noise every time, so that losses can be compared."""
 
-    def __init__(
-        self, config: TrainDenoiser, worker: Worker, manifest: Manifest, latents: Store, rows: Rows, micro: int
-    ) -> None:
-        self.config, self.worker, self.latents, self.rows, self.micro = config, worker, latents, rows, micro
-        self.shards = manifest.split("held_out")
-        self.count = min(HELD_OUT, sum(shard.samples for shard in self.shards))
+    def __init__(self, config: TrainDenoiser, worker: Worker, dataset: Dataset, rows: Rows, micro: int) -> None:
+        self.config, self.worker, self.dataset, self.rows, self.micro = config, worker, dataset, rows, micro
+        self.count = min(HELD_OUT, len(dataset))
         self._prepared: dict[str, Tensor] = {}
 
     def validate(self, engine: Engine, diffusion: Any) -> dict[str, float]:
@@ -214,7 +212,7 @@ class HeldOut:
         own = self.worker.rank < world
         if not self._prepared:
             first, last = rank * self.count // world, (rank + 1) * self.count // world
-            mine = list(islice(shards.iterate(self.latents, self.shards), first, last))
+            mine = list(islice(self.dataset.samples(), first, last))
             stored = cache.stacked(mine, self.config.conditions)
             self._prepared = self.rows.of(stored, [VALIDATION + index for index in range(first, last)], drop=False)
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from calotype import config, runs, track
 from calotype.console import Progress
-from calotype.data.manifest import Manifest, load_dataset
-from calotype.data.shards import Sample, iterate
-from calotype.data.store import Store, open_store
+from calotype.data import Dataset
+from calotype.data.elsewhere import dataset_store
+from calotype.data.manifest import load_dataset
+from calotype.data.shards import Sample
 from calotype.environment import Worker
 from calotype.errors import ConfigError
 from calotype.pictures import captioned, png
-from calotype.tasks import compare, sample
+from calotype.tasks import batches, compare, sample
 
 BATCH = 64  # held-out images per encoder call
 RECONSTRUCTED = 4096  # held-out images that PSNR and SSIM are taken over, at most
@@ -29,6 +31,7 @@ SHUFFLES = 50  # of the control: one alone would scatter by a few per cent
 SMALL = 64  # edge in pixels up to which the pixel-space UNet is measured without being asked for
 
 Figures = dict[str, Any]
+SourceOf = Callable[[str], Dataset]  # split -> its samples that may be used
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ def evaluate(settings: config.Evaluate, worker: Worker, record: runs.Record) -> 
     tracker = track.attach(settings, record)
     source = runs.find(settings.root, "train_denoiser", settings.run)
     model = sample.load_denoiser(source, settings.ema, settings.run_digest, worker.device)
-    data = open_store(settings.root).at("datasets", model.settings.data.name)
+    data = dataset_store(settings.root, model.settings.data.name)
     manifest = load_dataset(data, model.settings.data.digest)
+    source_of = partial(batches.source, model.settings.data, settings.root, data, manifest)
     tracker.inputs([track.Dataset(manifest.name, manifest.digest, data.uri, "evaluation")], [source])
 
     figures: Figures = {"images": settings.images, "images_seen": model.images}
@@ -84,10 +88,10 @@ def evaluate(settings: config.Evaluate, worker: Worker, record: runs.Record) -> 
         drawn, found = recognised(settings, model)
         figures |= found
     else:
-        drawn = described(settings, model, data, manifest)
-    figures |= reconstructed(model, data, manifest)
+        drawn = described(settings, model, source_of)
+    figures |= reconstructed(model, source_of)
     if settings.fid_images:
-        figures |= distances(settings, model, data, manifest)
+        figures |= distances(settings, model, source_of)
     if not compare.is_pixel(model.settings):
         pixel = runs.find(settings.root, "train_denoiser", settings.pixel_run) if settings.pixel_run else None
         if pixel or model.settings.encoding.resolution <= SMALL:
@@ -135,9 +139,10 @@ def _prompted(settings: config.Evaluate, model: sample.Model, phrasings: Sequenc
     return Drawn(prompts, images, wanted, [int(digit) for digit in recogniser()(images)])
 
 
-def described(settings: config.Evaluate, model: sample.Model, data: Store, manifest: Manifest) -> Drawn:
+def described(settings: config.Evaluate, model: sample.Model, source_of: SourceOf) -> Drawn:
     """Pictures for captions of the dataset, held-out ones first: for eyes only."""
-    samples = list(islice(_samples(data, manifest, ("held_out", "train")), settings.images))
+    samples = list(islice(chain.from_iterable(source_of(split).samples() for split in ("held_out", "train")),
+                          settings.images))  # fmt: skip
     prompts = [_prompt_of(model, item) for item in samples]
     return Drawn(prompts, _draw(settings, model, prompts, settings.seed, "draw"), [], [])
 
@@ -156,17 +161,17 @@ def _prompt_of(model: sample.Model, item: Sample) -> Any:
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def reconstructed(model: sample.Model, data: Store, manifest: Manifest) -> Figures:
+def reconstructed(model: sample.Model, source_of: SourceOf) -> Figures:
     """PSNR (dB) and SSIM of the autoencoder on held-out images, through the posterior's mean; none in pixel space."""
     import torch
 
     from calotype.model import metrics
 
-    if compare.is_pixel(model.settings) or not manifest.split("held_out"):
+    held_out = source_of("held_out")
+    if compare.is_pixel(model.settings) or not len(held_out):
         return {}
     psnr, ssim = [], []
-    images = islice(_samples(data, manifest, ("held_out",)), RECONSTRUCTED)
-    for batch in _batches(images, model.settings.encoding.resolution):
+    for batch in _batches(islice(held_out.samples(), RECONSTRUCTED), model.settings.encoding.resolution):
         mean, _ = model.autoencoder.encode(batch.to(model.device))
         back = model.autoencoder.decode(mean).cpu()
         psnr.append(metrics.psnr(back, batch))
@@ -178,19 +183,20 @@ def reconstructed(model: sample.Model, data: Store, manifest: Manifest) -> Figur
     }
 
 
-def distances(settings: config.Evaluate, model: sample.Model, data: Store, manifest: Manifest) -> Figures:
+def distances(settings: config.Evaluate, model: sample.Model, source_of: SourceOf) -> Figures:
     """FID and KID of `fid_images` pictures, drawn for captions of the training split, against the training split."""
     from calotype.model import metrics
 
     prompts: list[Any] = []
-    for item in _samples(data, manifest, ("train",)):
+    trained_on = source_of("train")
+    for item in trained_on.samples():
         prompts.append(_prompt_of(model, item))
         if len(prompts) == settings.fid_images:
             break
     prompts = [prompts[number % len(prompts)] for number in range(settings.fid_images)]
     # Seeds of their own: the accuracies' pictures must not come back here.
     drawn = _draw(settings, model, prompts, settings.seed + 1_000_000, "FID")
-    against = islice(_samples(data, manifest, ("train",)), max(50_000, settings.fid_images))
+    against = islice(trained_on.samples(), max(50_000, settings.fid_images))
     real = _batches(against, model.settings.encoding.resolution)
     found = metrics.distances(real, drawn.split(BATCH), settings.features, model.device, settings.seed)
     return {
@@ -200,11 +206,6 @@ def distances(settings: config.Evaluate, model: sample.Model, data: Store, manif
         "fid_real": found.real,
         "fid_drawn": found.drawn,
     }
-
-
-def _samples(data: Store, manifest: Manifest, splits: Sequence[str]) -> Iterator[Sample]:
-    for split in splits:
-        yield from iterate(data, manifest.split(split))
 
 
 def _batches(samples: Iterator[Sample], resolution: int) -> Iterator[Any]:

@@ -167,7 +167,12 @@ def _show(args: argparse.Namespace) -> int:
         "digest": digest,
         "splits": manifest.totals(),
         "members": list(manifest.members),
-        "chunks": {"count": chunks, "samples": [steps[0], steps[-1]], "bytes": total // chunks, "largest": largest},
+        "chunks": {
+            "count": chunks,
+            "samples": [steps[0], steps[-1]],
+            "bytes": min(total // chunks, largest or total),
+            "largest": largest,
+        },
         "columns": schema,
         "source": manifest.meta.get("source", {}),
         "passed_by": manifest.meta.get("passed_by", {}),
@@ -180,13 +185,13 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     rows = [[what, found[what]] for what in ("format", "digest")]
     for split, part in found["splits"].items():
-        held = f"{part['samples']:,} samples in {part['shards']:,} shard{'s' * (part['shards'] != 1)}"
+        held = f"{_many(part['samples'], 'sample')} in {_many(part['shards'], 'shard')}"
         rows.append([split.replace("_", " "), f"{held}, {size(part['bytes'])}"])
     samples = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     most = f", the largest {size(largest)}" if largest else ""
     rows += [
         ["members", " ".join(manifest.members)],
-        ["chunks", f"{chunks:,} of {samples} samples, {size(total // chunks)} on average{most}"],
+        ["chunks", f"{chunks:,} of {samples} samples, {size(found['chunks']['bytes'])} on average{most}"],
         ["columns", ", ".join(f"{name} {kind}" for name, kind in schema.items()) or "none"],
         ["source", _pairs(found["source"])],
         ["passed by", _pairs(found["passed_by"]) or "nothing"],
@@ -196,6 +201,10 @@ def _show(args: argparse.Namespace) -> int:
     ]
     console.table(f"dataset {manifest.name}", ["what", "value"], rows)
     return 0
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _pairs(found: dict[str, Any]) -> str:
@@ -220,8 +229,11 @@ def _verify(args: argparse.Namespace) -> int:
     for what in wrong:
         print(what)
     samples = sum(shard.samples for shard in manifest.shards)
-    said = "all as its manifest says" if not wrong else f"{len(wrong)} things are wrong, above"
-    read = f"{len(manifest.shards):,} shards, {samples:,} samples, {_speed(total, time.monotonic() - began)}"
+    things = "one thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
+    said = "all as its manifest says" if not wrong else f"{things} wrong, above"
+    read = (
+        f"{_many(len(manifest.shards), 'shard')}, {_many(samples, 'sample')}, {_speed(total, time.monotonic() - began)}"
+    )
     print(f"{args.name} {digest[:8]}: {read}: {said}")
     return 1 if wrong else 0
 
@@ -231,11 +243,11 @@ def _index(args: argparse.Namespace) -> int:
     with _progress(0, f"index {args.name}") as told:
         found = foreign.index(args.root, args.name, args.uri, args.jobs, args.held_out, told)
     for _, why in found.bad:
-        print(why)
+        print(why, flush=True)
     if found.bad:
         raise CalotypeError(
-            f"{len(found.bad)} shards of {args.uri} cannot be used, above, and nothing is published: mend or remove "
-            "them, and run the same command again, which reads only those"
+            f"{_many(len(found.bad), 'shard')} of {args.uri} cannot be used, above, and nothing is published: mend or "
+            "remove what is wrong, and run the same command again, which reads only that"
         )
     manifest = Manifest(DATASETS[0], args.name, found.members, found.shards)
     fresh = sum(shard.bytes for shard in found.shards if shard.key in found.read)
@@ -244,7 +256,7 @@ def _index(args: argparse.Namespace) -> int:
     rows += [
         ["shards", len(found.shards)],
         ["size", size(sum(shard.bytes for shard in found.shards))],
-        ["read now", f"{len(found.read):,} shards{speed}"],
+        ["read now", f"{_many(len(found.read), 'shard')}{speed}"],
         ["members", " ".join(found.members)],
         ["passed by", _pairs(found.passed_by) or "nothing"],
         ["other files there", _pairs(found.beside) or "none"],
