@@ -17,7 +17,7 @@ PLATFORM = ROOT / "platform"
 FLOORS = (
     ("errors", "config", "checks", "compose", "environment", "console", "sentences", "outbox", "provenance"),
     ("data", "model", "train", "track", "runs", "pictures", "listing"),
-    ("tasks", "cluster", "cli", "datasets", "demo", "__main__"),
+    ("tasks", "cluster", "cli", "data_verbs", "demo", "__main__"),
     ("jobs", "hydra_plugins"),
 )
 # Narrower than floors: rooms of one floor that must not see each other.

@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.held_out": (0, 0.9),
     "data.image_size": (8, 4096),
     "data.shard_samples": (1, 1e9),
+    "data.shard_mb": (1, 1e6),
     "data.chunk_samples": (1, 1e6),
     "data.max_pixels": (1, 1e9),
     "data.max_caption": (1, 1e6),

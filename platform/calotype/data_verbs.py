@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from calotype import console
 from calotype.data import foreign, verify
 from calotype.data.elsewhere import dataset_store, shards_at
 from calotype.data.manifest import DATASETS, Manifest, versions_of
-from calotype.data.shards import keys_of, read_columns
+from calotype.data.shards import columns_of
 from calotype.data.store import Store, open_store
 from calotype.data.threads import Told
 from calotype.environment import home
@@ -150,11 +149,8 @@ def _version(store: Store, name: str, beginning: str) -> tuple[str, Manifest]:
 def _show(args: argparse.Namespace) -> int:
     store = dataset_store(args.root, args.name)
     digest, manifest = _version(store, args.name, args.digest)
-    first, schema = manifest.shards[0], {}
-    if (data := read_columns(store, first)) is not None:
-        import pyarrow.parquet
-
-        schema = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(io.BytesIO(data))}
+    columns = columns_of(store, manifest.shards[0])
+    schema = {} if columns is None else {field.name: str(field.type) for field in columns.schema}
     steps = sorted({shard.chunk_samples for shard in manifest.shards})
     chunks = sum(shard.chunks for shard in manifest.shards)
     total = sum(shard.bytes for shard in manifest.shards)
@@ -178,7 +174,7 @@ def _show(args: argparse.Namespace) -> int:
         "passed_by": manifest.meta.get("passed_by", {}),
         "quarantined": quarantined,
         "shards_at": place or f"{store.uri}/shards",
-        "keys": (keys_of(store, first) or [])[:NAMED],
+        "keys": [] if columns is None else columns["key"][:NAMED].to_pylist(),
     }
     if args.json:
         print(json.dumps(found, indent=1))

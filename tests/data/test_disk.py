@@ -533,6 +533,8 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"(?s){tmp_path / name} .*name a folder") as caught:
             Disk(tmp_path / name, MIB)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"/proc/x .*name a folder"):
+        Disk(Path("/proc/x"), MIB)  # where mkdir says that there is no such file
     with pytest.raises(ConfigError, match="limit"):
         Disk(tmp_path / "mine", 0)
     Disk(tmp_path / "mine", 1)

@@ -239,11 +239,12 @@ def test_manifests_have_versions(store: Store, shard: Shard) -> None:
     assert publish_dataset(store, second) != digest
     assert [entry.key for entry in store.list("manifests/")] == ["manifests/000001.json", "manifests/000002.json"]
     assert load_dataset(store) == second
-    assert load_dataset(store, digest) == first
+    assert load_dataset(store, digest) == load_dataset(store, digest[:8]) == first
     assert first.split("held_out") == (replace(shard, split="held_out"),)
     assert second.totals() == {"train": {"shards": 1, "samples": 20, "bytes": shard.bytes}}
-    with pytest.raises(DataError, match=r"data\.digest"):
-        load_dataset(store, "0" * 64)
+    for wrong in ("0" * 64, digest[:7], "newest"):
+        with pytest.raises(DataError, match=r"data\.digest"):
+            load_dataset(store, wrong)
     for bad in (b"{}", b"[]", b"\xff", b'{"format":"calotype.dataset/9"}', b'{"format":"calotype.dataset/2"}'):
         with pytest.raises(DataError, match="manifest"):
             Manifest.from_bytes(bad)
@@ -446,5 +447,5 @@ def test_a_sidecar_that_lies_is_refused_in_a_sentence(tmp_path: Path, chunks: di
     said["chunks"] = said["chunks"] | chunks if chunks else []
     data = json.dumps(said).encode()
     store.write(sidecar_key("0.tar"), data)
-    with pytest.raises(DataError, match="not one of this shard"):
+    with pytest.raises(DataError, match=r"not one of this shard|no number of JSON"):
         read_sidecar(store, replace(row, sidecar_sha256=hashlib.sha256(data).hexdigest()))

@@ -512,6 +512,17 @@ def test_cutting_ends_even_for_one_item_a_shard() -> None:
     assert list(cut([], 10)) == []
 
 
+def test_shards_of_big_files_hold_fewer() -> None:
+    """A worker holds a whole shard."""
+    items = split([Item(f"{i}.png", f"k{i}", size=10 + 90 * (i % 7 == 0)) for i in range(700)], 0)["train"]
+    ranges = list(cut(items, 256, 1000))
+    assert [ranges[0][0], ranges[-1][1]] == [0, 700]
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(ranges))
+    assert all(sum(item.size for item in items[start:stop]) <= 1000 for start, stop in ranges)
+    assert len(ranges) < 60
+    assert len(list(cut(items, 256, 1))) == 700, "one is never too many"
+
+
 # ------------------------------------------------------------------------------------------------ digits
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calotype.data import Dataset, Reading, Sample, Stream
+from calotype.data import Dataset, Reading, Sample, Stream, open_cache
 from calotype.data.files import FolderStore
 from calotype.data.manifest import Shard
 from calotype.data.npy import to_npy
@@ -320,6 +320,20 @@ def test_ranks_and_ends_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=why):
         Stream(Dataset(*written), seed=0, batch=64, **more)
+
+
+def test_what_a_library_user_may_give_is_a_sentence(written: tuple[Counting, list[Shard]], tmp_path: Path) -> None:
+    dataset = Dataset(*written)
+    for datasets in ([], [dataset, "own"], replace(dataset, shards=[])):
+        with pytest.raises(ConfigError, match="at least one Dataset"):
+            Stream(datasets, seed=0, batch=64)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"arrays='x' must be a list of names: \['x'\]"):
+        Stream(dataset, seed=0, batch=64, arrays="x")
+    with pytest.raises(DataError, match="not the start of a batch"):
+        Stream(dataset, seed=0, batch=64).load_state_dict({})
+    open_store(str(tmp_path)).write("caches/abc/manifest.json", b"{}")
+    with pytest.raises(DataError, match=r"no finished cache 'abd' .*\(but abc\)"):
+        open_cache(str(tmp_path), "abd")
 
 
 @pytest.mark.parametrize(

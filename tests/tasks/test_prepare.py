@@ -329,6 +329,19 @@ def test_a_source_that_changes_under_the_work_is_noticed(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------ plan and identity
 
 
+def test_units_are_cut_by_the_bytes_of_files_too(tmp_path: Path) -> None:
+    folder = tmp_path / "big"
+    folder.mkdir()
+    for number in range(12):
+        with open(folder / f"{number}.png", "wb") as file:
+            file.truncate(400_000)
+    config = job(tmp_path, name="p", kind="folder", path=str(folder), held_out=0.0, captions="none")
+    assert len(prepare.plan(config).units) == 1
+    few = job(tmp_path, name="p", kind="folder", path=str(folder), held_out=0.0, captions="none", shard_mb=1)
+    assert all(unit.stop - unit.start <= 2 for unit in prepare.plan(few).units)
+    assert prepare.plan(config).digest != prepare.plan(few).digest
+
+
 def test_units_are_small_and_travel(tmp_path: Path) -> None:
     config = job(tmp_path, shard_samples=10_000)
     plan = prepare.plan(config)

@@ -98,13 +98,13 @@ def open_dataset(
         filter: [[column, operator, value], ...], as pyarrow takes them and as `data.filter` of the jobs.
         takedown: keys that must not be used.
     """
-    from calotype.data import filters
+    from calotype.data.filters import load, publish
 
     store = dataset_store(root, name)
     manifest = load_dataset(store, digest)
     keep = None
     if filter or takedown:
-        keep = filters.load(store, filters.publish(store, manifest, filter, takedown), manifest)
+        keep = load(store, publish(store, manifest, filter, takedown), manifest)
     return replace(_opened(store, manifest, split), weight=weight, keep=keep)
 
 

@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Found:
     texts: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)  # folders not entered
     passed_by: Counter[str] = field(default_factory=Counter)
+    sizes: dict[str, int] = field(default_factory=dict)  # of images that are usable
 
 
 class Folder:
@@ -66,7 +68,12 @@ class Folder:
             items = [_with_class(name, classes) for name in found.images]
         else:
             items = [Item(name) for name in found.images]
-        items = [_finished(item, found.images[item.name]) if item.name in found.images else item for item in items]
+        items = [
+            replace(_finished(item, found.images[item.name]), size=found.sizes.get(item.name, 0))
+            if item.name in found.images
+            else item
+            for item in items
+        ]
         items = _one_per_stem(items) + [Item(name, reason=reason) for name, reason in found.lost.items()]
         items = sorted((replace(item, name=_printable(item.name)) for item in items), key=lambda item: item.name)
         return Listing(tuple(items), classes, dict(sorted(found.passed_by.items())))
@@ -97,6 +104,8 @@ class Folder:
                 reason = "not a regular file"
             if suffix in SUFFIXES:
                 found.images[name] = reason
+                with suppress(OSError):  # it went, and `load` will say so
+                    found.sizes[name] = entry.stat().st_size if not reason else 0
             elif suffix == ".txt" and self.data.captions == "sidecar":
                 found.texts[name] = reason
             else:

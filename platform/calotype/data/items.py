@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
@@ -37,6 +39,7 @@ class Item:
     caption: bytes | None = None  # where the listing already knows it
     sidecar: str = ""  # the file that holds it, else
     reason: str = ""
+    size: int = 0  # bytes of its image's file, where it is one
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,18 @@ def _place(item: Item) -> str:
     return digest("place", item.name)
 
 
-def cut(items: Sequence[Item], limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of 1 to `limit` items: the range of the hash is halved, and halved again where it is too full.
+def cut(items: Sequence[Item], limit: int, most: float = math.inf) -> Iterator[tuple[int, int]]:
+    """Ranges of 1 to `limit` items and `most` bytes (or one item): the range of the hash is halved, and halved again
+    where it is too full.
 
     An item that comes, goes or changes touches its own range only (at most that splits, or joins its twin).
     """
     places = [int(_place(item), 16) for item in items]
+    until = list(accumulate((item.size for item in items), initial=0))
 
     def halve(start: int, stop: int, low: int, high: int) -> Iterator[tuple[int, int]]:
-        if stop - start <= limit or high - low == 1:
+        fits = stop - start <= limit and (until[stop] - until[start] <= most or stop - start == 1)
+        if fits or high - low == 1:
             if stop > start:
                 yield start, stop
             return

@@ -86,7 +86,7 @@ class Manifest:
         try:
             names, (name, members, meta) = found["fields"], (found[key] for key in ("name", "members", "meta"))
             if not (isinstance(name, str) and isinstance(meta, dict) and all(isinstance(one, str) for one in members)):
-                raise TypeError("its name, members or meta are no such")
+                raise TypeError("its name, members or meta have another type")
             rows = (dict(zip(names, row, strict=True)) for row in found["shards"])
             return Manifest(found["format"], name, tuple(members), tuple(shard_of(row) for row in rows), meta)
         except (KeyError, TypeError, ValueError) as error:

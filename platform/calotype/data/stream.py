@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from calotype.data import processes, worker
+import calotype.data.worker as worker
 from calotype.data.chunks import Reading
 from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
 from calotype.data.order import slots
+from calotype.data.processes import joined
 from calotype.data.reader import Array, Decode, OrderSettings, Reader, Rows
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
@@ -261,7 +262,7 @@ class Stream(Iterable[Batch]):
             shares = [slots(i, count, len(self.slots)) for i in range(count)]
             shares = [range(self.slots.start + s.start, self.slots.start + s.stop) for s in shares]
             made = (self.datasets, self.order, self.reading.shared(count), self.arrays, self.decode, self._position)
-            with processes.joined([worker.Task(share, *made) for share in shares]) as rows:
+            with joined([worker.Task(share, *made) for share in shares]) as rows:
                 yield rows
             return
         ready: queue.Queue[Rows | BaseException | None] = queue.Queue(maxsize=READY)

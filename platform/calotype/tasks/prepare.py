@@ -249,6 +249,8 @@ def _settings(data: Data) -> dict[str, Any]:
     common = {"recipe": RECIPE, "kind": data.kind, "held_out": data.held_out, "max_pixels": data.max_pixels}
     common |= {"max_caption": data.max_caption, "chunk_samples": data.chunk_samples}
     common |= {"shard_samples": data.shard_samples}
+    if data.shard_mb != Data.shard_mb:  # else what was prepared before there was this is what it was
+        common |= {"shard_mb": data.shard_mb}
     if data.kind == "digits":
         return common | {"image_size": data.image_size}
     columns = {"file_column": data.file_column, "caption_column": data.caption_column}
@@ -263,7 +265,7 @@ def _plan(data: Data, listing: Listing) -> Plan:
     units = tuple(
         Unit(name, start, stop, _names_digest(items[start:stop]))
         for name, items in parts.items()
-        for start, stop in cut(items, data.shard_samples)
+        for start, stop in cut(items, data.shard_samples, data.shard_mb * 1e6)
     )
     assert sum(unit.stop - unit.start for unit in units) == len(listing.items), "an item was lost"
     described = [_settings(data), [dataclasses.astuple(unit) for unit in units]]
