@@ -21,6 +21,7 @@ from calotype.environment import home
 from calotype.errors import CalotypeError, DataError
 
 NAMED = 5  # keys and quarantined samples that `show` names
+ROOT = "s3://calotype"
 SPLITS = ("train", "held_out")
 
 INDEX = """Make a dataset of WebDataset shards that lie somewhere already: every *.tar below URI, in this or another
@@ -28,7 +29,8 @@ bucket.  The tars are read once and stay where and as they are; sidecars, column
 ROOT/datasets/NAME.  Run again it goes on where it was killed, and reads new shards only.
 
 A sample's files must follow each other in one tar, with names as WebDataset splits them (KEY.jpg KEY.txt KEY.json).
-Packed tars (.tar.gz) are refused: unpack them.  Numbers in KEY.json become columns that data.filter can use.
+Packed tars (.tar.gz) are refused: unpack them.  Numbers in KEY.json, and true and false as 1 and 0, become columns
+that data.filter can use.
 
 example: calotype data index s3://their-bucket/laion --name laion --held-out 0.01 --jobs 16"""
 
@@ -49,7 +51,7 @@ def add_to(verbs: Any) -> None:
             name, help=what, description=text or what, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         made.set_defaults(call=lambda args: _checked(args, run))
-        made.add_argument("--root", default="s3://calotype", help="where datasets/ lies (default %(default)s)")
+        made.add_argument("--root", default=ROOT, help="where datasets/ lies (default %(default)s)")
         return made
 
     listed = verb("ls", "list the datasets under a root: newest version, samples, shards, bytes", _list)
@@ -257,6 +259,10 @@ def _index(args: argparse.Namespace) -> int:
         ["passed by", _pairs(found.passed_by) or "nothing"],
         ["other files there", _pairs(found.beside) or "none"],
         ["digest", found.digest],
+        [
+            "its columns",
+            " ".join(["calotype data show", args.name, *(["--root", args.root] if args.root != ROOT else [])]),
+        ],
     ]
     console.table(f"dataset {args.name}: the shards at {args.uri}", ["what", "value"], rows)
     return 0

@@ -292,8 +292,8 @@ def _nameable(name: str) -> bool:
 
 
 def _number(name: str, value: Any) -> float | int | None:
-    """A finite number as its column holds it; None for anything else."""
-    if type(value) not in (int, float):
+    """A finite number as its column holds it, of true and false 1 and 0; None for anything else."""
+    if type(value) not in (int, float, bool):
         return None
     try:
         number = float(value)
