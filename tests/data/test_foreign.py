@@ -748,8 +748,21 @@ def test_a_name_that_was_begun_elsewhere_is_refused(theirs: Path, tmp_path: Path
     assert foreign.index(root, "x", str(other)).digest == ""
     with pytest.raises(DataError, match=r"was begun with the shards at .*other: .*--name"):
         foreign.index(root, "x", str(theirs))
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "b.tar").write_bytes((other / "b.tar").read_bytes())
-    assert foreign.index(root, "y", str(tmp_path / "cut")).digest == ""
-    assert foreign.index(root, "y", str(theirs)).digest, "where nothing could be read nothing was begun"
-    assert shards_at(open_store(root).at("datasets", "y")) == str(theirs)
+    assert foreign.index(root, "y", str(theirs)).digest
+
+
+def test_a_move_that_fails_leaves_the_place_that_its_sidecars_are_of(theirs: Path, tmp_path: Path) -> None:
+    root, moved = str(tmp_path / "root"), tmp_path / "moved"
+    home = open_store(root).at("datasets", "x")
+    foreign.index(root, "x", str(theirs))
+    shutil.copytree(theirs, moved)
+    write(moved / "part" / "00001.tar", 7, 41)  # another size: it does not move
+    assert foreign.index(root, "x", str(moved)).digest == ""
+    assert shards_at(home) == str(theirs)
+    shutil.copy(theirs / "part" / "00001.tar", moved / "part" / "00001.tar")
+    write(moved / "part" / "00005.tar", 5)
+    (moved / "part" / "00006.tar").write_bytes(b"cut")
+    assert foreign.index(root, "x", str(moved)).digest == ""  # of the new ones one cannot be used
+    assert shards_at(home) == str(moved), "the sidecar of 00005 is of there"
+    (moved / "part" / "00006.tar").unlink()
+    assert foreign.index(root, "x", str(moved)).digest

@@ -60,9 +60,13 @@ def test_a_folder_that_cannot_be_listed_is_said_and_links_are_followed_once(tmp_
     (root / "link").symlink_to(away)
     (root / "a" / "loop").symlink_to(root)
     (root / "gone").symlink_to(tmp_path / "nowhere")
+    (root / "self").symlink_to(root / "self")
+    (root / "also a").symlink_to(root / "a")  # which comes before it, and is not its name
     assert [entry.key for entry in store.list()] == ["a/one", "link/two"]
-    assert store.folders() == ["a", "link"]
+    assert store.folders() == ["a", "also a", "link"]
     assert store.read("link/two") == b"2"
+    with pytest.raises(DataError, match="self cannot be read"):
+        store.read("self")
 
 
 def test_what_may_not_be_read_does_not_go_missing() -> None:

@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calotype.data import Dataset, Reading, Sample, Stream, open_cache
+from calotype.data import Dataset, Reading, Sample, Stream, disk, open_cache
 from calotype.data.files import FolderStore
 from calotype.data.manifest import Shard
 from calotype.data.npy import to_npy
 from calotype.data.order import slots
-from calotype.data.reader import Reader
+from calotype.data.reader import OrderSettings, Reader, shares_of
 from calotype.data.shards import read_sidecar, write_shard
 from calotype.data.store import open_store
 from calotype.errors import CalotypeError, ConfigError, DataError
+from hypothesis import given
+from hypothesis import strategies as st
 
 BATCH = 64
 
@@ -239,7 +241,7 @@ def test_samples_are_decoded_in_parallel(
             expected = [0 if key == "0-13" else 50 * len(key.split("-")[1]) for key in batch.keys]
             assert batch.arrays["length"].tolist() == expected
             assert batch.present.tolist() == [key != "0-13" for key in batch.keys]
-    assert stream.skipped == {"0.tar/0-13": "sample 0-13 cannot be decoded"}
+    assert stream.skipped == {f"{written[0].uri}/0.tar/0-13": "sample 0-13 cannot be decoded"}
 
 
 def test_a_cursor_goes_on_with_the_next_batch(written: tuple[Counting, list[Shard]]) -> None:
@@ -247,7 +249,13 @@ def test_a_cursor_goes_on_with_the_next_batch(written: tuple[Counting, list[Shar
     with closing(Stream(Dataset(*written), seed=5, batch=BATCH, rank=1, world=3)) as stream:
         cursors = [batch.cursor for batch in islice(stream, 9)]
         state = stream.state_dict()
-    assert state == cursors[-1] == {"position": 9 * BATCH, "seed": 5, "batch": BATCH, "lanes": 0, "window": 128}
+    order = {"seed": 5, "batch": BATCH, "lanes": BATCH, "window": 128}
+    assert state == cursors[-1] == {"position": 9 * BATCH, **order, "samples": state["samples"]}
+    Stream(Dataset(*written), **order).load_state_dict(state)  # as many lanes as slots: the same order
+    fewer = Dataset(written[0], written[1][1:])
+    for datasets in (fewer, [Dataset(*written), fewer], Dataset(*written, weight=2)):
+        with pytest.raises(DataError, match="other datasets, filters or weights"):
+            Stream(datasets, seed=5, batch=BATCH).load_state_dict(state)
     assert stream.where(9 * BATCH) == "cursor 576: epoch 2, sample 111 of 465"
     assert keys(written, 5, 11, position=state["position"]) == whole[9 * BATCH :]
     for name, value in (("seed", 6), ("batch", 32), ("lanes", 8), ("window", 64)):
@@ -381,6 +389,60 @@ def test_memory_that_is_not_told_is_what_the_order_needs(tmp_path: Path) -> None
             less = replace(stream.reading, memory=stream.reading.memory * 9 // 10)
             with pytest.raises(ConfigError, match="hold up to"):
                 Stream(dataset, seed=0, batch=256, world=world, reading=less)
+
+
+def test_a_filter_that_keeps_few_takes_more_memory(tmp_path: Path) -> None:
+    row = Shard("x.tar", 2**34, 10**5, 50, "", "", chunk_bytes=2**20)
+    store, dice = open_store(str(tmp_path)), np.random.default_rng(0)
+    few = Dataset(store, [row], keep={row.key: dice.random(row.samples) < 0.1})
+    order: dict[str, Any] = {"seed": 0, "batch": 64, "window": 1000}
+    all_of_it, some = (Stream(data, **order).reading.memory for data in (Dataset(store, [row]), few))
+    assert some > 5 * all_of_it
+    with pytest.raises(ConfigError, match="hold up to"):
+        Stream(few, **order, reading=Reading(memory=all_of_it))
+    none = Dataset(store, [row], keep={row.key: np.zeros(row.samples, np.bool_)})
+    for datasets in (none, [few, none]):
+        with pytest.raises(ConfigError, match=f"no sample of {tmp_path} is left"):
+            Stream(datasets, **order)
+
+
+@given(
+    batch=st.integers(1, 200), share=st.floats(0.01, 1), workers=st.integers(1, 9), world=st.integers(1, 5),
+    window=st.integers(1, 300),
+)  # fmt: skip
+def test_memory_that_is_not_told_is_enough_for_each_loader(
+    batch: int, share: float, workers: int, world: int, window: int
+) -> None:
+    row = Shard("x.tar", 2**36, 10**4, 62, "", "", chunk_bytes=40 * 2**20)
+    dataset = Dataset(open_store("/nowhere"), [row])
+    order = OrderSettings(0, batch, max(1, int(batch * share)), window)
+    for rank in range(min(world, batch)):
+        mine = slots(rank, min(world, batch), batch)
+        reading = Reader([dataset], order, mine, Reading(workers=workers)).reading
+        shares = shares_of(mine, workers)
+        assert [slot for part in shares for slot in part] == list(mine)
+        for part in shares:
+            Reader([dataset], order, part, reading.shared(len(shares)))
+
+
+def test_zeros_of_a_shape_are_not_taken_from_a_dataset_of_another(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    plain = write_shard(store, "p.tar", [Sample(f"p{i}", {"x.npy": to_npy(np.ones(9))}) for i in range(32)], 8)
+    made = [Sample(f"b{i}", {"x.npy": to_npy(np.ones(9 if i < 32 else 2))}) for i in range(64)]
+    row = write_shard(store, "b.tar", made, 8, buckets=[i // 32 for i in range(64)])
+    data = bytearray(store.read("b.tar"))
+    for chunk in range(4, 7):  # all but one of the second shape
+        data[read_sidecar(store, row).span(chunk)[0] + 600] ^= 1
+    store.write("b.tar", bytes(data))
+    reading = Reading(on_error="quarantine", error_budget=100)
+    datasets = [Dataset(store, [plain]), Dataset(store, [row])]
+    for rank in range(4):
+        stream = Stream(datasets, seed=0, batch=4, rank=rank, world=4, arrays=["x"], reading=reading)
+        with closing(stream):
+            for batch in islice(stream, 40):
+                number = int(batch.keys[0].strip("pb#"))
+                other = batch.keys[0].startswith("b") or not batch.present[0]
+                assert batch.arrays["x"].shape == (1, 2 if other and number >= 32 else 9)
 
 
 def test_every_bucket_and_dataset_takes_memory(tmp_path: Path) -> None:
@@ -524,7 +586,7 @@ def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> N
     data = bytearray(store.read("1.tar"))
     data[40_000] ^= 1  # in chunk 1 of the second shard
     store.write("1.tar", bytes(data))
-    lost = {f"1.tar/1-{i}" for i in range(16, 32)}
+    lost = {f"{tmp_path}/1.tar/1-{i}" for i in range(16, 32)}
     for workers in (0, 2):
         reading = Reading(on_error="quarantine", error_budget=16, workers=workers)
         stream = Stream(Dataset(store, rows), seed=0, batch=32, arrays=["x"], reading=reading)
@@ -533,7 +595,7 @@ def test_quarantine_names_what_it_leaves_out_and_keeps_step(tmp_path: Path) -> N
         assert set(stream.skipped) == lost
         assert all("damaged" in reason for reason in stream.skipped.values())
         for batch in batches:
-            assert batch.present.tolist() == [f"1.tar/{key}" not in lost for key in batch.keys]
+            assert batch.present.tolist() == [f"{tmp_path}/1.tar/{key}" not in lost for key in batch.keys]
             assert (batch.arrays["x"][~batch.present] == 0).all()
             assert (batch.arrays["x"][batch.present].reshape(-1, 6).std(1) == 0).all()
         assert sorted(key for batch in batches[:4] for key in batch.keys) == sorted(
@@ -584,7 +646,7 @@ def test_samples_with_one_key_are_counted_apart(tmp_path: Path) -> None:
                 list(stream)
         else:
             assert sum(int((~batch.present).sum()) for batch in stream) == len(stream.skipped) == 16
-            assert {"0.tar/0-3", "1.tar/0-3"} < set(stream.skipped)
+            assert {f"{tmp_path}/0.tar/0-3", f"{tmp_path}/1.tar/0-3"} < set(stream.skipped)
 
 
 # ------------------------------------------------------------------------------------------- decoding
@@ -606,7 +668,7 @@ def test_whatever_decode_raises_is_of_a_sample(written: tuple[Counting, list[Sha
     reading = Reading(on_error="quarantine", error_budget=1)
     with closing(Stream(Dataset(*written), seed=5, batch=BATCH, decode=fussy, reading=reading)) as stream:
         list(islice(stream, 8))
-    assert stream.skipped == {"3.tar/3-7": "sample 3-7 cannot be decoded (ValueError: odd)"}
+    assert stream.skipped == {f"{written[0].uri}/3.tar/3-7": "sample 3-7 cannot be decoded (ValueError: odd)"}
 
 
 def test_decode_must_be_of_a_module_for_loader_processes(
@@ -720,11 +782,16 @@ def test_worker_processes_of_a_loader_do_not_count_what_is_left_out(
 
     dataset = Dataset(FolderStore(written[0].path), written[1])
     stream = Stream(dataset, seed=5, batch=BATCH, arrays=["x"], reading=Reading(**settings))
-    with pytest.raises(ConfigError, match="num_workers=0"):
-        next(iter(DataLoader(stream.as_torch(), batch_size=None, num_workers=2)))
+    for workers in (1, 2):
+        with pytest.raises(ConfigError, match="num_workers=0"):
+            next(iter(DataLoader(stream.as_torch(), batch_size=None, num_workers=workers)))
 
 
-def test_a_local_disk_is_read_instead(written: tuple[Counting, list[Shard]], golden: list[str], tmp_path: Path) -> None:
+def test_a_local_disk_is_read_instead(
+    written: tuple[Counting, list[Shard]], golden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "PATIENCE", 60.0)  # else a busy machine leaves a chunk out, as it may
+
     def read(steps: int) -> list[str]:
         READS.clear()
         reading = Reading(cache=str(tmp_path / "cache"), cache_bytes=10**8, memory=2**24)

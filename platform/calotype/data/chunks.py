@@ -196,6 +196,8 @@ class Chunks:
         """Sound chunks of a bucket, from all over the datasets: what its samples are like, where those at hand are
         damaged.  At most TRIED are looked at."""
         for dataset, layout in enumerate(self._layouts):
+            if bucket not in layout.buckets():
+                continue
             numbers = layout.chunks_of(bucket)
             numbers = np.arange(len(layout.counts)) if numbers is None else numbers
             for number in numbers[:: -(-len(numbers) // TRIED) or 1].tolist():
@@ -245,7 +247,7 @@ class Chunks:
             if self._reading.on_error == "strict":
                 raise
             chosen = range(first, first + count) if rows is None else (rows + first).tolist()
-            return Bad(shard.key, bucket, _names(dataset.store, shard, chosen), str(error))
+            return Bad(dataset.store.where(shard.key), bucket, _names(dataset.store, shard, chosen), str(error))
 
     def _read(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, bucket: int, rows: Ints | None) -> Chunk:
         buffer = self._buffers.take(sidecar.span(index)[1])
@@ -253,7 +255,7 @@ class Chunks:
             view = buffer.data[: sidecar.span(index)[1]]
             table = self._verified(store, shard, sidecar, index, view)
             arrays = {name: _arrays(view, table, name, store.where(shard.key), index) for name in self._arrays}
-            return Chunk(shard.key, bucket, buffer, view, table, rows, arrays)
+            return Chunk(store.where(shard.key), bucket, buffer, view, table, rows, arrays)
         except BaseException:
             self._buffers.give(buffer)
             raise

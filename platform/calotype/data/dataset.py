@@ -39,11 +39,15 @@ class Dataset:
 
     def __len__(self) -> int:
         """Samples that count."""
-        return sum(one.samples if self.keep is None else int(self.keep[one.key].sum()) for one in self.shards)
+        if self.keep is None:
+            return sum(shard.samples for shard in self.shards)
+        return sum(int(self.keep[shard.key].sum()) for shard in self.shards if shard.key in self.keep)
 
     def samples(self) -> Iterator[Sample]:
         """Those that count, one after the other as they are stored, verified."""
         for shard in self.shards:
+            if self.keep is not None and shard.key not in self.keep:
+                continue
             keep = None if self.keep is None else self.keep[shard.key]
             for index, sample in enumerate(iterate(self.store, [shard])):
                 if keep is None or keep[index]:

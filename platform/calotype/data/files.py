@@ -6,6 +6,7 @@ key atomically; use it for hints only.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -13,13 +14,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO, TypeAlias
 
-from calotype.errors import ConfigError, DataError
+from calotype.errors import CalotypeError, ConfigError, DataError
 
 PART = 16 * 2**20  # bytes per streamed read
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+DAMAGE = (errno.EIO, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ESTALE)
 PARTIAL = ".partial-"  # prefix of files that have not got their name yet
 
 Names: TypeAlias = list[str]  # inside the classes below, `list` is the method
@@ -173,16 +177,20 @@ class FolderStore(Store):
         for path in _files(folder):
             key = path.relative_to(self.path).as_posix()
             if key.startswith(prefix):
-                with suppress(FileNotFoundError):  # deleted since it was listed, or a link to nothing
+                try:
                     status = path.stat()
-                    entries.append(Entry(key, status.st_size, status.st_mtime))
+                except OSError as error:
+                    if error.errno in NOWHERE:  # deleted since it was listed, or a link to nothing
+                        continue
+                    raise _unreadable(path, error) from error
+                entries.append(Entry(key, status.st_size, status.st_mtime))
         yield from sorted(entries, key=lambda entry: entry.key)
 
     def folders(self, prefix: str = "") -> Names:
         folder = self._folder(prefix.rstrip("/"))
         if not folder.is_dir():
             return []
-        found = (Path(item.path) for item in os.scandir(folder) if item.is_dir())
+        found = [Path(item.path) for item in os.scandir(folder) if os.path.isdir(item.path)]
         return sorted(path.name for path in found if next(_files(path), None))
 
     def exists(self, key: str) -> bool:
@@ -212,8 +220,8 @@ class FolderStore(Store):
                 yield file
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise Missing(f"{path} does not exist") from error
-        except OSError as error:  # no permission, or a disk that fails: of this file, others may be sound
-            raise DataError(f"{path} cannot be read ({error.strerror}): check its owner, and the disk") from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def _partial(self, key: str, data: bytes | Path) -> tuple[Path, Path]:
         """The bytes on disk under a name that no listing shows, and the name they are to get."""
@@ -233,6 +241,12 @@ class FolderStore(Store):
             partial.unlink(missing_ok=True)
             raise
         return partial, final
+
+
+def _unreadable(path: Path, error: OSError) -> CalotypeError:
+    """What is wrong with one file is damage, and others may be sound; what is wrong with this process is not."""
+    kind = DataError if error.errno in DAMAGE else CalotypeError
+    return kind(f"{path} cannot be read ({error.strerror}): check its owner, the disk, and limits of this process")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -255,11 +269,18 @@ def _files(folder: Path) -> Iterator[Path]:
             raise DataError(f"{error.filename} cannot be listed ({error.strerror}): check its owner") from error
 
     seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        with suppress(FileNotFoundError):
-            status = os.stat(parent)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-        yield from (Path(parent, name) for name in names if not name.startswith(PARTIAL))
+    starts = [folder]
+    # Folders first, then links to some: a folder's own name counts, in whatever order they lie.
+    while starts:
+        links: list[Path] = []
+        for parent, folders, names in chain.from_iterable(os.walk(start, onerror=fail) for start in sorted(starts)):
+            with suppress(FileNotFoundError):
+                status = os.stat(parent)
+                if (status.st_dev, status.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+            folders.sort()
+            links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+            yield from (Path(parent, name) for name in names if not name.startswith(PARTIAL))
+        starts = links

@@ -83,8 +83,10 @@ def index(root: str, name: str, uri: str, jobs: int = 8, share: float = 0.0, tol
     home, place = open_store(root).at("datasets", name), open_store(uri)
     tars, beside = _listed(place)
     _check_shares([entry.key for entry in tars], share, place)
-    moved = _check_moved(home, place, {elsewhere.PREFIX + entry.key for entry in tars})
+    moves = _check_moved(home, place, {elsewhere.PREFIX + entry.key for entry in tars})
     known, new, bad = _known(home, place, tars, jobs)
+    if moves and not bad:  # before a shard is read that is only there: a sidecar is of the place that is named
+        elsewhere.put_at(home, place.uri)
     read = _read_all(home, place, new, sum(entry.size for entry in tars), jobs, told)
     known |= {key: found for key, found in read.items() if isinstance(found, Known)}
     bad += [(key, found) for key, found in read.items() if isinstance(found, str)]
@@ -101,9 +103,7 @@ def index(root: str, name: str, uri: str, jobs: int = 8, share: float = 0.0, tol
     digest = ""
     if not bad:
         meta = {"source": {"kind": KIND, "held_out": share}, "quarantined": [], "passed_by": passed}
-        if moved:
-            elsewhere.put_at(home, place.uri)
-        elif (now := elsewhere.shards_at(home)) != place.uri:
+        if (now := elsewhere.shards_at(home)) != place.uri:
             raise DataError(f"{home.uri} is being indexed from {now} at the same time: choose another --name")
         digest = publish_dataset(home, Manifest(DATASET, name, members, rows, meta))
     fresh = frozenset(elsewhere.PREFIX + entry.key for entry in new)
@@ -158,13 +158,10 @@ def _check_moved(home: Store, place: Store, keys: set[str]) -> bool:
     if before == place.uri:
         return False
     if not versions_of(home):
-        if next(home.list(elsewhere.PREFIX), None):
-            raise DataError(
-                f"{home.uri} was begun with the shards at {before}: index those to the end first, or choose another "
-                "--name"
-            )
-        elsewhere.put_at(home, place.uri)  # nothing of it was read there
-        return False
+        raise DataError(
+            f"{home.uri} was begun with the shards at {before}: index those to the end, choose another --name, or, if "
+            f"nothing of it is wanted, delete {home.where(elsewhere.PLACE)} and what lies beside it"
+        )
     lost = [one.key for one in load_dataset(home).shards if one.key.startswith(elsewhere.PREFIX)]
     lost = sorted(set(lost) - keys)
     if lost:

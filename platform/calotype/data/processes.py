@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
@@ -23,15 +24,17 @@ def joined(tasks: Sequence[worker.Task]) -> Iterator[Iterator[Rows]]:
     """The rows of a process for each task, as if one had made them; the processes end with the context."""
     processes: list[_Process] = []
     try:
-        processes += [_Process() for _ in tasks]
+        for _ in tasks:
+            processes.append(_Process())
         for process, task in zip(processes, tasks):
             process.begin(task)
         yield _joined(processes)
     finally:
         for process in processes:
             process.connection.close()  # it ends then: all of them at once
+        until = time.monotonic() + 2
         for process in processes:
-            process.end()
+            process.end(until)
 
 
 class _Process:
@@ -50,9 +53,9 @@ class _Process:
         with suppress(BrokenPipeError):  # it died: `take` says how
             self.connection.send(task)
 
-    def end(self) -> None:
+    def end(self, until: float) -> None:
         try:
-            self.process.wait(2)
+            self.process.wait(max(until - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calotype.data.chunks import BESIDE, Bad, Chunk, Chunks, Reading, largest_chunk
-from calotype.data.dataset import Dataset
+from calotype.data.dataset import Dataset, Layout
 from calotype.data.draws import Ints
 from calotype.data.get import counts
+from calotype.data.order import slots
 from calotype.data.schedule import Schedule
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
@@ -75,7 +78,7 @@ class Reader:
     """Shares of batches, from any position on.
 
     Args:
-        slots: of the global batch, that are this process's.
+        mine: slots of the global batch that are this process's.
         arrays: `.npy` members to stack; neither these nor `decode`: whole samples.
         decode: sample -> arrays of equal shapes; runs in `threads` threads.
         reading: as given, with `memory` told.
@@ -86,15 +89,18 @@ class Reader:
         self,
         datasets: Sequence[Dataset],
         order: OrderSettings,
-        slots: range,
+        mine: range,
         reading: Reading,
         arrays: Sequence[str] = (),
         decode: Decode | None = None,
         threads: int = 1,
         allocate: Callable[[str, tuple[int, ...], Any], Array] | None = None,
     ) -> None:
-        self.slots, self._order = slots, order
+        self.slots, self._order = mine, order
         layouts = [dataset.layout() for dataset in datasets]
+        for dataset, layout in zip(datasets, layouts):
+            if not len(layout.counts):
+                raise ConfigError(f"no sample of {dataset.store.uri} is left: relax data.filter or data.takedown")
         weights = [dataset.weight for dataset in datasets]
         self.schedule = Schedule(layouts, weights, order.seed, order.batch, order.lanes, order.window)
         self._layouts, self._datasets = layouts, datasets
@@ -102,7 +108,17 @@ class Reader:
         self._like: dict[int, dict[str, tuple[tuple[int, ...], Any]]] = {}  # bucket -> shape and dtype of a row
         self._retries = counts.retries
         self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
-        self.reading = _with_memory(datasets, order, slots, reading, self.schedule)
+        self.reading = _with_memory(datasets, layouts, order, mine, reading, self.schedule)
+
+    @cached_property
+    def digest(self) -> int:
+        """Of what is read, in 48 bits: the shards, which samples of a chunk count, weights."""
+        whole = sha256()
+        for dataset, layout in zip(self._datasets, self._layouts):
+            whole.update(f"{dataset.weight} {' '.join(shard.sha256 for shard in dataset.shards)}\n".encode())
+            whole.update(layout.counts.tobytes())
+            whole.update(b"" if layout.chosen is None else layout.chosen.tobytes())
+        return int.from_bytes(whole.digest()[:6], "big")
 
     def rows(self, position: int, stop: threading.Event, every: int = 1, first: int = 0) -> Iterator[Rows]:
         """From `position` on; closing the iterator ends its threads, and so does `stop` where they wait.
@@ -268,21 +284,44 @@ class Reader:
             made.arrays[name] = out
 
 
+def shares_of(mine: range, workers: int) -> list[range]:
+    """The slots of each loader process, or of the one process that there is."""
+    count = min(max(workers, 1), len(mine))
+    parts = [slots(i, count, len(mine)) for i in range(count)]
+    return [range(mine.start + part.start, mine.start + part.stop) for part in parts]
+
+
+def _lane_bytes(dataset: Dataset, layout: Layout, window: int) -> tuple[int, int]:
+    """(bytes of chunks that one lane holds at most: those of a window, and one begun; bytes of all shards)."""
+    chosen = np.arange(len(layout.counts)) if layout.chosen is None else layout.chosen
+    edges = np.searchsorted(chosen, layout.firsts)
+    chunks = np.diff(edges)
+    samples = np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(layout.counts, dtype=np.int64)])[edges])
+    held = -(-window * chunks // np.maximum(samples, 1)) + 1  # by what a chunk of the shard holds, of what counts
+    largest = np.array([largest_chunk(shard) for shard in dataset.shards], np.int64)
+    return int((held * largest)[chunks > 0].max()), sum(shard.bytes for shard in dataset.shards)
+
+
 def _with_memory(
-    datasets: Sequence[Dataset], order: OrderSettings, slots: range, reading: Reading, schedule: Schedule
+    datasets: Sequence[Dataset],
+    layouts: Sequence[Layout],
+    order: OrderSettings,
+    mine: range,
+    reading: Reading,
+    schedule: Schedule,
 ) -> Reading:
     """`reading` with the memory that the lanes of these slots need, or more, if it names none.
 
     Raises:
         ConfigError: it names less.
     """
-    processes = min(max(reading.workers, 1), len(slots))
-    width = -(-len(slots) // processes)
-    lanes = schedule.lanes(range(slots.start, slots.start + width))
-    need = 0
-    for dataset, count in zip(datasets, lanes, strict=True):
-        held = max((-(-order.window // shard.chunk_samples) + 1) * largest_chunk(shard) for shard in dataset.shards)
-        need += min(count * held, sum(shard.bytes for shard in dataset.shards))
+    shares = shares_of(mine, reading.workers)
+    processes = len(shares)
+    each = [_lane_bytes(dataset, layout, order.window) for dataset, layout in zip(datasets, layouts)]
+    need = max(
+        sum(min(lanes * held, whole) for lanes, (held, whole) in zip(schedule.lanes(share), each, strict=True))
+        for share in shares
+    )
     if not reading.memory:
         return replace(reading, memory=max(MEMORY, processes * (need + min(need // 3 + 1, BESIDE))))
     room = reading.shared(processes).for_chunks

@@ -31,7 +31,7 @@ from calotype.data.dataset import Dataset
 from calotype.data.draws import Ints
 from calotype.data.order import slots
 from calotype.data.processes import joined
-from calotype.data.reader import Array, Decode, OrderSettings, Reader, Rows
+from calotype.data.reader import Array, Decode, OrderSettings, Reader, Rows, shares_of
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
 
@@ -84,7 +84,7 @@ class Stream(Iterable[Batch]):
         reading: memory, threads, processes, disk cache, quarantine.
 
     Attributes:
-        skipped: id -> reason of the samples that quarantine left out here; an id is the key below its shard's.
+        skipped: id -> reason of the samples that quarantine left out here; an id is the key below its shard's URI.
         retries: reads that had to be repeated here.
 
     Raises:
@@ -152,8 +152,10 @@ class Stream(Iterable[Batch]):
                             "the batch was changed")  # fmt: skip
         for name, value in self._cursor(position).items():
             if state.get(name, value) != value:
-                raise DataError(f"the cursor is of a stream with {name}={state[name]}, this one has {name}={value}: "
-                                "another order, in which it means nothing")  # fmt: skip
+                what = "other datasets, filters or weights" if name == "samples" else f"{name}={state[name]}"
+                mine = "" if name == "samples" else f", this one has {name}={value}"
+                raise DataError(f"the cursor is of a stream with {what}{mine}: in this order it means nothing, so give "
+                                "its position alone if you want that place of it")  # fmt: skip
         self.close()
         self._position = position
 
@@ -164,8 +166,8 @@ class Stream(Iterable[Batch]):
 
     def _cursor(self, position: int) -> dict[str, int]:
         order = self.order
-        return {"position": position, "seed": order.seed, "batch": order.batch, "lanes": order.lanes,
-                "window": order.window}  # fmt: skip
+        return {"position": position, "seed": order.seed, "batch": order.batch, "lanes": order.lanes or order.batch,
+                "window": order.window, "samples": self._reader.digest}  # fmt: skip
 
     def where(self, position: int) -> str:
         """A cursor, in words."""
@@ -215,8 +217,8 @@ class Stream(Iterable[Batch]):
         return batches
 
     def _batches(self, stop: threading.Event) -> Generator[Batch, None, None]:
-        every, first = _loader()
-        if every > 1 and (self.reading.workers or self.reading.on_error != "strict"):
+        every, first = _loader() or (1, 0)
+        if _loader() and (self.reading.workers or self.reading.on_error != "strict"):
             raise ConfigError("in worker processes of a DataLoader a stream has no loader processes of its own, and "
                               "nobody who counts what quarantine leaves out: use DataLoader(num_workers=0) and "
                               "Reading(workers=...)")  # fmt: skip
@@ -258,10 +260,9 @@ class Stream(Iterable[Batch]):
     def _parts(self, every: int, first: int, stop: threading.Event) -> Iterator[Iterator[Rows]]:
         """Rows of every `every`-th step from the cursor on; whoever makes them ends with the context."""
         if self.reading.workers:
-            count = min(self.reading.workers, len(self.slots))
-            shares = [slots(i, count, len(self.slots)) for i in range(count)]
-            shares = [range(self.slots.start + s.start, self.slots.start + s.stop) for s in shares]
-            made = (self.datasets, self.order, self.reading.shared(count), self.arrays, self.decode, self._position)
+            shares = shares_of(self.slots, self.reading.workers)
+            reading = self.reading.shared(len(shares))
+            made = (self.datasets, self.order, reading, self.arrays, self.decode, self._position)
             with joined([worker.Task(share, *made) for share in shares]) as rows:
                 yield rows
             return
@@ -274,12 +275,12 @@ class Stream(Iterable[Batch]):
             stop.set()
 
 
-def _loader() -> tuple[int, int]:
-    """(n, i) in worker i of n of a torch DataLoader, which takes batches from them in turn; else (1, 0)."""
+def _loader() -> tuple[int, int] | None:
+    """(n, i) in worker process i of n of a torch DataLoader, which takes batches from them in turn."""
     if "torch.utils.data" not in sys.modules:
-        return 1, 0
+        return None
     info = sys.modules["torch.utils.data"].get_worker_info()
-    return (info.num_workers, info.id) if info else (1, 0)
+    return (info.num_workers, info.id) if info else None
 
 
 def _fill(source: Iterator[Rows], ready: queue.Queue[Rows | BaseException | None], over: threading.Event) -> None:
@@ -299,6 +300,8 @@ def _fill(source: Iterator[Rows], ready: queue.Queue[Rows | BaseException | None
         offer(error)
     finally:
         source.close()  # type: ignore[attr-defined]  # it is a generator
+        with suppress(queue.Full):  # a consumer that waits must not wait for ever: `close` may come from another thread
+            ready.put_nowait(None)
 
 
 def _taken(ready: queue.Queue[Rows | BaseException | None]) -> Iterator[Rows]:
