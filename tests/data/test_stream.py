@@ -206,6 +206,14 @@ def fussy(sample: Sample) -> dict[str, np.ndarray]:
     return {"a": np.zeros(3)}
 
 
+def nothing(sample: Sample) -> Any:
+    return None
+
+
+def number(sample: Sample) -> Any:
+    return {"n": len(sample.key)}
+
+
 class Special(Exception):
     def __init__(self, one: int, other: int) -> None:
         super().__init__(f"{one} {other}")
@@ -666,9 +674,15 @@ def test_whatever_decode_raises_is_of_a_sample(written: tuple[Counting, list[Sha
     with closing(stream), pytest.raises(DataError, match=r"sample 3-7 cannot be decoded \(ValueError: odd\)"):
         list(islice(stream, 8))
     reading = Reading(on_error="quarantine", error_budget=1)
-    with closing(Stream(Dataset(*written), seed=5, batch=BATCH, decode=fussy, reading=reading)) as stream:
-        list(islice(stream, 8))
-    assert stream.skipped == {f"{written[0].uri}/3.tar/3-7": "sample 3-7 cannot be decoded (ValueError: odd)"}
+    quarantined = Stream(Dataset(*written), seed=5, batch=BATCH, decode=fussy, reading=reading)
+    with closing(quarantined):
+        list(islice(quarantined, 8))
+    stream = Stream(Dataset(*written), seed=5, batch=BATCH, decode=nothing)
+    with closing(stream), pytest.raises(DataError, match=r"sample .* cannot be decoded \(AttributeError: 'NoneType'"):
+        next(iter(stream))
+    with closing(Stream(Dataset(*written), seed=5, batch=BATCH, decode=number)) as stream:
+        assert next(iter(stream)).arrays["n"].shape == (BATCH,)
+    assert quarantined.skipped == {f"{written[0].uri}/3.tar/3-7": "sample 3-7 cannot be decoded (ValueError: odd)"}
 
 
 def test_decode_must_be_of_a_module_for_loader_processes(

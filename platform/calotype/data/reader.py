@@ -254,7 +254,7 @@ class Reader:
             if sample is None:
                 return None
             try:
-                return decode(sample)
+                return {name: np.asarray(value) for name, value in decode(sample).items()}
             except DataError as error:
                 failure = error
             except Exception as error:
