@@ -126,12 +126,14 @@ def test_a_black_out_is_ridden_out(
 
 
 GOING = """
+import signal
 import sys
 import calotype.data.get as get
 from calotype.data import Dataset, Stream
 from calotype.data.manifest import Manifest
 from calotype.data.store import open_store
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
 store = open_store(sys.argv[1])
 get.PAUSES = (60.0, 60.0)
 stream = Stream(Dataset(store, Manifest.from_bytes(store.read("manifest.json")).shards), seed=1, batch=4)
