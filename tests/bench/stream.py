@@ -205,7 +205,8 @@ def turns(kind: str, options: argparse.Namespace) -> list[tuple[str, int, int]]:
     """(entrant, workers, connections) of one round."""
     names, most = options.entrants, options.connections
     if kind == "jpeg":
-        return [(name, 2, most) for name in ("calotype", "webdataset", "pool") if name in (*names, "pool")]
+        found = [(name, 2, most) for name in ("calotype", "webdataset", "pool") if name in (*names, "pool")]
+        return [("calotype", 0, most)] * ("calotype" in names) + found  # ours decodes in threads too, as the pool does
     limits = [(name, 0, most // part) for name in LIMITS for part in (4, 2, 1)] if "limit" in names else []
     return limits + [(name, n, most) for n in options.workers for name in names if name != "limit"]
 

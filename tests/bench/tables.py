@@ -112,7 +112,7 @@ def _goals(
         row = rows.get((name, n), {})
         return {} if "error" in row else row
 
-    if pool := other("pool"):
+    if pool := other("pool", 2):
         share = ours["samples"] / pool["samples"]
         yield "samples/s of the bare pool's", ">= 0.95", share, share >= 0.95
     for name, times in (("webdataset", 3.0), ("spdl", 1.2)):
