@@ -36,7 +36,6 @@ class Spec:
     resume: str = ""
     resumed: bool = False
     connections: int = 16
-    step: float = 0.0  # seconds that the consumer takes for a batch
     sizes: dict[str, int] = field(default_factory=dict)  # key -> bytes, of the tars
 
 

@@ -218,7 +218,7 @@ def compare(kind: str, options: argparse.Namespace, missing: dict[str, str]) -> 
     plan = [turn for turn in turns(kind, options) if turn[0] not in missing]
     with tempfile.TemporaryDirectory(prefix="calotype-bench-") as folder:
         tars = [f"{number:05d}.tar" for number in range(shards)]
-        spec = Spec("", kind, 0, bucket, tars, shards * each, folder, step=options.step_ms / 1e3)
+        spec = Spec("", kind, 0, bucket, tars, shards * each, folder)
         log(f"{kind}: {samples.KINDS[kind].about}; {shards} shards of {each}")
         own = [form for form, name in (("mds", "mosaicml"), ("litdata", "litdata")) if name in {t[0] for t in plan}]
         try:
@@ -296,7 +296,6 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--routes", nargs="+", choices=list(ROUTES), default=list(ROUTES))
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2], help="loader processes")
     parser.add_argument("--connections", type=int, default=16, help="at once, of each reader (default %(default)s)")
-    parser.add_argument("--step-ms", type=float, default=0.0, help="that the consumer takes for a batch, as training")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of tensors, of the first kind")
     parser.add_argument("--quick", action="store_true", help="one round of 0.1 GB")

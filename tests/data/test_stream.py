@@ -631,7 +631,8 @@ def test_a_batch_that_is_wholly_left_out_has_the_shape_of_the_others(tmp_path: P
             assert len(batches) == 32
             alone += sum(not batch.present.any() for batch in batches)
             assert {array.shape[1:] for batch in batches for array in batch.arrays.values()} == {(2, 3)}
-        assert alone == 64 if world == 4 else alone >= 0
+        if world == 4:
+            assert alone == 64
     store.write("1.tar", bytes(rows[1].bytes))
     stream = Stream(Dataset(store, rows), seed=0, batch=4, **how, reading=reading)
     with (

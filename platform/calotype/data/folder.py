@@ -68,12 +68,7 @@ class Folder:
             items = [_with_class(name, classes) for name in found.images]
         else:
             items = [Item(name) for name in found.images]
-        items = [
-            replace(_finished(item, found.images[item.name]), size=found.sizes.get(item.name, 0))
-            if item.name in found.images
-            else item
-            for item in items
-        ]
+        items = [_finished(item, found) if item.name in found.images else item for item in items]
         items = _one_per_stem(items) + [Item(name, reason=reason) for name, reason in found.lost.items()]
         items = sorted((replace(item, name=_printable(item.name)) for item in items), key=lambda item: item.name)
         return Listing(tuple(items), classes, dict(sorted(found.passed_by.items())))
@@ -186,11 +181,12 @@ def _printable(name: str) -> str:
     return re.sub("[\ud800-\udfff]", lambda odd: f"\\x{ord(odd[0]) & 0xFF:02x}", name)
 
 
-def _finished(item: Item, reason: str) -> Item:
-    """The item with its key; what the walk found wrong with the file comes before what the captions lack."""
+def _finished(item: Item, found: Found) -> Item:
+    """The item with its key and size; what the walk found wrong with the file comes before what the captions lack."""
     if not _is_text(item.name):
         return replace(item, reason="name is not UTF-8: it cannot become a key")
-    return replace(item, key=key_of(_stem(item.name)), reason=reason or item.reason)
+    reason = found.images[item.name] or item.reason
+    return replace(item, key=key_of(_stem(item.name)), reason=reason, size=found.sizes.get(item.name, 0))
 
 
 def _one_per_stem(items: Iterable[Item]) -> list[Item]:

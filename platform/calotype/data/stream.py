@@ -217,8 +217,9 @@ class Stream(Iterable[Batch]):
         return batches
 
     def _batches(self, stop: threading.Event) -> Generator[Batch, None, None]:
-        every, first = _loader() or (1, 0)
-        if _loader() and (self.reading.workers or self.reading.on_error != "strict"):
+        loader = _loader()
+        every, first = loader or (1, 0)
+        if loader and (self.reading.workers or self.reading.on_error != "strict"):
             raise ConfigError("in worker processes of a DataLoader a stream has no loader processes of its own, and "
                               "nobody who counts what quarantine leaves out: use DataLoader(num_workers=0) and "
                               "Reading(workers=...)")  # fmt: skip

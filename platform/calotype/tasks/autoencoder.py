@@ -49,7 +49,7 @@ def resolve(config: TrainAutoencoder) -> TrainAutoencoder:
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     data = replace(config.data, digest=dataset.digest)
     resolved = replace(config, data=batches.resolve(data, config.root))
-    batches.check(resolved, batches.source(resolved.data, config.root, _dataset_store(config), dataset))
+    batches.check(resolved, batches.source_of(resolved.data, config.root, _dataset_store(config), dataset)("train"))
     return resolved
 
 
@@ -76,9 +76,10 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
         model, config.optim, config.engine, worker, loop.accumulation(micro, config.train.batch, worker.world)
     )
     decode = Decoder(config.resolution, config.data.max_pixels)
-    held_out = HeldOut(config, worker, batches.source(config.data, config.root, store, dataset, "held_out"), decode)
+    source_of = batches.source_of(config.data, config.root, store, dataset)
+    held_out = HeldOut(config, worker, source_of("held_out"), decode)
 
-    stream = batches.stream(config, batches.source(config.data, config.root, store, dataset), worker, decode=decode)
+    stream = batches.stream(config, source_of("train"), worker, decode=decode)
     task = loop.Task(
         engines={NAME: engine},
         batches=stream.seek,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from calotype.config import Data, TrainAutoencoder, TrainDenoiser
@@ -52,15 +52,15 @@ def check(config: TrainAutoencoder | TrainDenoiser, dataset: Dataset) -> None:
         stream(config, dataset, Worker(rank=rank, world=world))
 
 
-def source(data: Data, root: str, store: Store, manifest: Manifest, split: str = "train") -> Dataset:
-    """The samples of a split that may be used: of the dataset, or of the cache of it, that `manifest` in `store` is."""
+def source_of(data: Data, root: str, store: Store, manifest: Manifest) -> Callable[[str], Dataset]:
+    """Split -> its samples that may be used: of the dataset, or of the cache of it, that `manifest` in `store` is."""
     keep = None
     if data.selection:
         place = open_store(root).at("datasets", data.name)
         dataset = load_dataset(place, data.digest)
         keep = filters.load(place, data.selection, dataset)
         keep = filters.of_cache(keep, dataset, manifest) if manifest.format in CACHES else keep
-    return Dataset(store, manifest.split(split), keep=keep)
+    return lambda split: Dataset(store, manifest.split(split), keep=keep)
 
 
 def stream(

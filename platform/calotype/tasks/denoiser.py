@@ -52,7 +52,7 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
     if not found.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     config = replace(config, data=batches.resolve(config.data, config.root))
-    batches.check(config, batches.source(config.data, config.root, open_store(config.root), found))
+    batches.check(config, batches.source_of(config.data, config.root, open_store(config.root), found)("train"))
     return resolve_start(config)
 
 
@@ -111,15 +111,14 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     steps = loop.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
-    unseen = batches.source(config.data, config.root, latents, manifest, "held_out")
-    held_out = HeldOut(config, worker, unseen, rows, micro)
+    source_of = batches.source_of(config.data, config.root, latents, manifest)
+    held_out = HeldOut(config, worker, source_of("held_out"), rows, micro)
     grid = Grid(config, worker, manifest)
 
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
 
-    dataset = batches.source(config.data, config.root, latents, manifest)
-    stream = batches.stream(config, dataset, worker, ("latent", *config.conditions))
+    stream = batches.stream(config, source_of("train"), worker, ("latent", *config.conditions))
     task = loop.Task(
         engines={NAME: engine},
         batches=stream.seek,

@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -80,7 +79,7 @@ def evaluate(settings: config.Evaluate, worker: Worker, record: runs.Record) -> 
     model = sample.load_denoiser(source, settings.ema, settings.run_digest, worker.device)
     data = dataset_store(settings.root, model.settings.data.name)
     manifest = load_dataset(data, model.settings.data.digest)
-    source_of = partial(batches.source, model.settings.data, settings.root, data, manifest)
+    source_of = batches.source_of(model.settings.data, settings.root, data, manifest)
     tracker.inputs([track.Dataset(manifest.name, manifest.digest, data.uri, "evaluation")], [source])
 
     figures: Figures = {"images": settings.images, "images_seen": model.images}
