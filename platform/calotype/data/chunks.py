@@ -24,10 +24,10 @@ from calotype.data.draws import Ints
 from calotype.data.manifest import Shard
 from calotype.data.npy import header_of
 from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
-from calotype.data.store import Missing, Store
+from calotype.data.store import Store
 from calotype.data.tables import Table
 from calotype.data.tar import BLOCK
-from calotype.data.threads import Daemons
+from calotype.data.threads import Daemons, Steps, in_turn
 from calotype.errors import CalotypeError, ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 SIDECARS = 4096  # kept by one process
 BESIDE = 96 * 2**20  # bytes of a process that are no chunks: libraries, tables, batches on their way
 TRIED = 16  # chunks of a bucket and dataset that are looked at for an example
+CHECKERS = 2  # threads that hash and parse: more would fight for the interpreter's lock
 GRAIN = 2**16  # bytes by which buffers differ, so that they fit again
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -128,7 +129,9 @@ class _Held:
 
 
 class Chunks:
-    """Chunk number -> chunk.  One thread asks, waits and releases; others fetch.
+    """Chunk number -> chunk.  One thread asks, waits and releases; others fetch, and others check.
+
+    A connection need not wait for a hash: after every step, a chunk says in which of these threads it goes on.
 
     Args:
         layouts: of the datasets.
@@ -155,7 +158,7 @@ class Chunks:
         self._buffers = _Buffers(reading.for_chunks)
         self._sidecars: OrderedDict[tuple[int, int], Future[Sidecar]] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = Daemons(reading.readers, "chunk")
+        self._readers, self._checkers = Daemons(reading.readers, "chunk"), Daemons(CHECKERS, "check")
         self._disk = Disk(Path(reading.cache).expanduser(), reading.cache_bytes) if reading.cache else None
         self.used = 0  # bytes of chunks asked for or held
 
@@ -201,14 +204,15 @@ class Chunks:
             numbers = layout.chunks_of(bucket)
             numbers = np.arange(len(layout.counts)) if numbers is None else numbers
             for number in numbers[:: -(-len(numbers) // TRIED) or 1].tolist():
-                if isinstance(found := self._fetch(int(self._firsts[dataset]) + number), Chunk):
+                if isinstance(found := in_turn(self._fetch(int(self._firsts[dataset]) + number)), Chunk):
                     try:
                         yield found
                     finally:
                         self._buffers.give(found.buffer)
 
     def close(self) -> None:
-        self._pool.close()
+        self._readers.close()
+        self._checkers.close()
 
     # ---------------------------------------------------------------------------------- fetching
 
@@ -217,7 +221,7 @@ class Chunks:
         while self._spare and self.used + size > self._reading.for_chunks:
             self._drop(self._spare.popitem(last=False)[1])
         self.used += size
-        return _Held(self._pool.submit(self._fetch, chunk), size, (-1, 0))
+        return _Held(self._readers.submit(self._fetch(chunk)), size, (-1, 0))
 
     def _drop(self, held: _Held) -> None:
         self.used -= held.bytes
@@ -233,7 +237,7 @@ class Chunks:
         dataset, shard, _ = self._find(chunk)
         return largest_chunk(self._datasets[dataset].shards[shard])
 
-    def _fetch(self, chunk: int) -> Chunk | Bad:
+    def _fetch(self, chunk: int) -> Steps[Chunk | Bad]:
         number, row, index = self._find(chunk)
         dataset = self._datasets[number]
         shard = dataset.shards[row]
@@ -242,25 +246,27 @@ class Chunks:
         keep = None if dataset.keep is None else dataset.keep[shard.key][first : first + count]
         rows = None if keep is None or keep.all() else np.flatnonzero(keep)
         try:
-            return self._read(dataset.store, shard, self._sidecar(number, row), index, bucket, rows)
+            return (yield from self._read(dataset.store, shard, self._sidecar(number, row), index, bucket, rows))
         except DataError as error:
             if self._reading.on_error == "strict":
                 raise
             chosen = range(first, first + count) if rows is None else (rows + first).tolist()
             return Bad(dataset.store.where(shard.key), bucket, _names(dataset.store, shard, chosen), str(error))
 
-    def _read(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, bucket: int, rows: Ints | None) -> Chunk:
+    def _read(
+        self, store: Store, shard: Shard, sidecar: Sidecar, index: int, bucket: int, rows: Ints | None
+    ) -> Steps[Chunk]:
         buffer = self._buffers.take(sidecar.span(index)[1])
         try:
             view = buffer.data[: sidecar.span(index)[1]]
-            table = self._verified(store, shard, sidecar, index, view)
+            table = yield from self._verified(store, shard, sidecar, index, view)
             arrays = {name: _arrays(view, table, name, store.where(shard.key), index) for name in self._arrays}
             return Chunk(store.where(shard.key), bucket, buffer, view, table, rows, arrays)
         except BaseException:
             self._buffers.give(buffer)
             raise
 
-    def _verified(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, view: memoryview) -> Table:
+    def _verified(self, store: Store, shard: Shard, sidecar: Sidecar, index: int, view: memoryview) -> Steps[Table]:
         """What lies where in a chunk that was read into `view`, from the local disk or the store."""
         start, size = sidecar.span(index)
 
@@ -268,17 +274,22 @@ class Chunks:
             return verified(store.where(shard.key), shard, sidecar, index, view, have)
 
         if self._disk is not None and self._disk.read(sidecar.hashes[index], view):
+            yield self._checkers
             try:
                 return checked(size)
             except DataError:
                 self._disk.discard(sidecar.hashes[index])
+            yield self._readers
+        have = store.read_into(shard.key, start, view, self._stop)
+        yield self._checkers
         try:
-            table = checked(store.read_into(shard.key, start, view, self._stop))
-        except Missing:
-            raise
+            table = checked(have)
         except DataError as error:  # damaged on the way, or where it lies?
             log.warning("%s; it is read once more", error)
-            table = checked(store.read_into(shard.key, start, view, self._stop))
+            yield self._readers
+            have = store.read_into(shard.key, start, view, self._stop)
+            yield self._checkers
+            table = checked(have)
         if self._disk is not None:
             self._disk.write(sidecar.hashes[index], view)
         return table

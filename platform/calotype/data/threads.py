@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -28,38 +28,56 @@ class Memory(threading.local):
 
 
 class Daemons:
-    """An executor whose threads do not hold up the end of the process: those of concurrent.futures are joined then, and
-    one that waits for a server may take minutes."""
+    """Threads that do not hold up the end of the process: those of concurrent.futures are joined then, and one that
+    waits for a server may take minutes.
+
+    What they work off are generators, each of which says, whenever it yields, in whose threads it goes on.
+    """
 
     def __init__(self, count: int, name: str) -> None:
-        self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Future[Any], Steps[Any]] | None] = SimpleQueue()
         self._count, self._closed = count, False
         for number in range(count):
             threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True).start()
 
-    def submit(self, work: Callable[[T], R], item: T) -> Future[R]:
+    def submit(self, steps: Steps[R]) -> Future[R]:
+        """It begins in these threads."""
         future: Future[R] = Future()
-        self._tasks.put((future, work, item))
+        self._tasks.put((future, steps))
         return future
 
     def close(self) -> None:
-        """What has not begun is cancelled; what has goes on to its end."""
+        """Of what waits nothing goes on; what is under way goes on to its next step."""
         self._closed = True
         for _ in range(self._count):
             self._tasks.put(None)
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
-            future, work, item = task
+            future, steps = task
             if self._closed:
                 future.cancel()
-            if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(work(item))
+                next(steps)._tasks.put(task)
+            except StopIteration as end:
+                future.set_result(end.value)
             except BaseException as error:
                 future.set_exception(error)
-            del future, work, item, task
+            del future, steps, task
+
+
+Steps = Generator[Daemons, None, R]
+
+
+def in_turn(steps: Steps[R]) -> R:
+    """All of it in this thread."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: R = end.value
+            return made
 
 
 class _Stopped(BaseException):
