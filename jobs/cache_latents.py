@@ -5,6 +5,7 @@ python jobs/cache_latents.py data=digits autoencoder.path=run:mine
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from calotype.cli import job_main
@@ -12,22 +13,29 @@ from calotype.cluster import spread
 from calotype.config import CacheLatents
 from calotype.console import Progress
 from calotype.runs import Record, makers
-from calotype.tasks import cache
+from calotype.tasks import cache, forecast
+from calotype.tasks.tally import Tally
 from calotype.track import Dataset, Tracker
 
 resolve = cache.resolve
 
 
 def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any]:
-    units = cache.plan(config)
-    made = []
+    began = time.monotonic()
+    units, made, tally = cache.plan(config), [], Tally()
     with Progress(len(units), "shards", "encode") as progress:
         for _, result in spread.map(cache.make, config, units):
             made.append(result)
-            progress.update(len(made))
+            tally.add(result)
+            if tally.lost > config.data.error_budget:
+                cache.within_budget(made, config)  # refuses, now and not after days
+            progress.update(len(made), **{"images/s": tally.speeds().get("images_per_second", 0.0)})
+            if tally.due(len(units)):
+                tracker.log(tally.figures(len(units)), tally.images)
             if result.grid is not None:
                 tracker.picture("reconstructions", result.grid, 0)
     figures = cache.commit(config, made)
+    figures |= forecast.compared(config, figures, time.monotonic() - began)
     data = Dataset(config.data.name, config.data.digest, f"{config.root}/datasets/{config.data.name}", "encoding")
     tracker.inputs([data], makers(config.root, "train_autoencoder", config.autoencoder.path))
     return figures

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from calotype import cli, data_verbs
+from calotype import cli, console
 from calotype.data import Sample, open_dataset
 from calotype.data.manifest import DATASET, Manifest, publish_dataset
 from calotype.data.shards import write_shard
@@ -223,8 +223,8 @@ def test_the_commands_of_the_readme(theirs: Path, bucket: str, tmp_path: Path) -
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1234567, "1.23 MB"), (5 * 10**12, "5 TB"), (10**19, "10,000 PB")],
 )
 def test_sizes_and_ages_as_people_read_them(count: int, said: str) -> None:
-    assert data_verbs.size(count) == said
-    assert [data_verbs.age(s) for s in (-1, 59, 60, 7199, 86400 * 3)] == ["0 s", "59 s", "1 min", "1 h", "3 d"]
+    assert console.size(count) == said
+    assert [console.age(s) for s in (-1, 59, 60, 7199, 86400 * 3)] == ["0 s", "59 s", "1 min", "1 h", "3 d"]
 
 
 def test_npy_is_what_show_needs_no_more(tmp_path: Path, say: Say) -> None:

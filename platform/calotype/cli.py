@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from calotype import __version__, compose, console, data_verbs, listing, runs, track
+from calotype import __version__, cache_verbs, compose, console, data_verbs, listing, plan_verb, runs, track
 from calotype.config import JOBS
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
@@ -363,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
     verb("status", "show the services, their URLs and health", show_status)
     verb("down", "stop the embedded services; what they hold stays", stop_stack)
     verbs.add_parser("submit", help="run a job on the cluster: calotype submit JOB [overrides...]", add_help=False)
+    verbs.add_parser("plan", help="what a job will take: calotype plan cache_latents [overrides...]", add_help=False)
     verb("ps", "list submissions", show_submissions)
     logs = verb("logs", "print the log of a submission", show_logs)
     logs.add_argument("id")
@@ -374,6 +375,7 @@ def parser() -> argparse.ArgumentParser:
     listed.add_argument("--json", action="store_true", help="for programs")
     root(listed)
     data_verbs.add_to(verbs)
+    cache_verbs.add_to(verbs)
     out = verb("export", "write a diffusers folder that StableDiffusionPipeline loads", export)
     out.add_argument("run", metavar="RUN", help="run:NAME or identity of a train_denoiser run")
     out.add_argument("folder", metavar="DIR")
@@ -386,8 +388,8 @@ def main() -> None:
     """Entry point of the `calotype` command."""
     with said_in_one_sentence():
         load_services()
-        if sys.argv[1:2] == ["submit"]:
-            sys.exit(submit(sys.argv[2:]))
+        if sys.argv[1:2] in (["submit"], ["plan"]):
+            sys.exit((submit if sys.argv[1] == "submit" else plan_verb.plan)(sys.argv[2:]))
         args = parser().parse_args(sys.argv[1:] or ["--help"])
         sys.exit(args.call(args))
 

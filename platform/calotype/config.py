@@ -77,6 +77,18 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class Accept:
+    """The gate: a cache outside of these limits is not committed.  None of it changes a byte of a latent."""
+
+    samples: int = setting(2, "of each shard, decoded and compared with their images", identity=False)
+    psnr: float = setting(
+        -1.0, "dB they must reach on average; -1: the autoencoder's own run less 3, or 12 if brought", identity=False
+    )
+    psnr_loss: float = setting(1.0, "dB that storing may cost on average, against encoding anew", identity=False)
+    collapsed: float = setting(0.5, "share of latent channels that may say nothing of the image", identity=False)
+
+
+@dataclass(frozen=True)
 class Condition:
     """One input that steers the denoiser.  A mapping of these makes the conditioning; text is one of them."""
 
@@ -251,6 +263,7 @@ class CacheLatents(Job):
     autoencoder: Autoencoder = setting(Autoencoder, "")
     encoding: Encoding = setting(Encoding, "")
     conditions: dict[str, Condition] = setting({}, "name -> condition")
+    accept: Accept = setting(Accept, "", identity=False)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
@@ -132,6 +133,18 @@ def _parsed(data: str) -> State | None:
         return None
 
 
+@contextmanager
+def megabytes(total: int, title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in MB, told (bytes done, of all)."""
+    with Progress(max(total // 10**6, 1), "MB", title) as progress:
+
+        def told(done: int, of: int) -> None:
+            whole = progress.state.total = max(of // 10**6, 1)
+            progress.update(whole if done >= of else min(done // 10**6, whole - 1))  # the last word is said once
+
+        yield told
+
+
 # ------------------------------------------------------------------------------------------------------------- sinks
 
 
@@ -240,3 +253,39 @@ def figure(value: Any) -> str:
             return f"{value:,.0f}"
         return f"{value:.4g}"
     return str(value)
+
+
+def many(count: int, what: str) -> str:
+    """1 shard, 2,000 shards."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+
+
+def speed(count: int, seconds: float) -> str:
+    """So many bytes in so many seconds."""
+    return f"{size(count)} in {seconds:.1f} s ({size(round(count / max(seconds, 1e-9)))}/s)"
+
+
+def age(seconds: float) -> str:
+    """Seconds as people read them: 40 s, 12 min, 5 h, 3 d."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people read it: 40 s, 12 min, 5.2 h."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"

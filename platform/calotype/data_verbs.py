@@ -6,17 +6,16 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from calotype import console
+from calotype.console import age, many, megabytes, size, speed
 from calotype.data import foreign, verify
 from calotype.data.elsewhere import dataset_store, shards_at
 from calotype.data.manifest import DATASETS, Manifest, versions_of
 from calotype.data.shards import columns_of
 from calotype.data.store import Store, open_store
-from calotype.data.threads import Told
 from calotype.environment import home
 from calotype.errors import CalotypeError, DataError
 
@@ -50,7 +49,7 @@ def add_to(verbs: Any) -> None:
         made = inner.add_parser(
             name, help=what, description=text or what, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        made.set_defaults(call=lambda args: _checked(args, run))
+        made.set_defaults(call=lambda args: checked(args, run))
         made.add_argument("--root", default=ROOT, help="where datasets/ lies (default %(default)s)")
         return made
 
@@ -64,7 +63,7 @@ def add_to(verbs: Any) -> None:
     for one in (listed, shown):
         one.add_argument("--json", action="store_true", help="for programs")
     for one in (verified, indexed):
-        one.add_argument("--jobs", type=_positive, default=8, metavar="N", help="shards at once (default %(default)s)")
+        one.add_argument("--jobs", type=positive, default=8, metavar="N", help="shards at once (default %(default)s)")
     indexed.add_argument("uri", metavar="URI", help="s3://BUCKET/PREFIX or folder of the tars")
     indexed.add_argument("--name", required=True, help="of the dataset: data.name of the jobs")
     indexed.add_argument(
@@ -72,7 +71,7 @@ def add_to(verbs: Any) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 1024")
     return int(text)
@@ -88,7 +87,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _checked(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
+def checked(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
+    """Run a verb, once the store that it reads is known to be up."""
     from calotype.cluster import local
 
     for place in (args.root, getattr(args, "uri", "")):
@@ -183,7 +183,7 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     rows = [[what, found[what]] for what in ("format", "digest")]
     for split, part in found["splits"].items():
-        held = f"{_many(part['samples'], 'sample')} in {_many(part['shards'], 'shard')}"
+        held = f"{many(part['samples'], 'sample')} in {many(part['shards'], 'shard')}"
         rows.append([split.replace("_", " "), f"{held}, {size(part['bytes'])}"])
     samples = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     most = f", the largest {size(largest)}" if largest else ""
@@ -199,10 +199,6 @@ def _show(args: argparse.Namespace) -> int:
     ]
     console.table(f"dataset {manifest.name}", ["what", "value"], rows)
     return 0
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _pairs(found: dict[str, Any]) -> str:
@@ -222,39 +218,37 @@ def _verify(args: argparse.Namespace) -> int:
     digest, manifest = _version(store, args.name, args.digest)
     total = sum(shard.bytes for shard in manifest.shards)
     began = time.monotonic()
-    with _progress(total, f"verify {args.name}") as told:
+    with megabytes(total, f"verify {args.name}") as told:
         wrong = verify.verify(store, manifest, args.jobs, told)
     for what in wrong:
         print(what)
     samples = sum(shard.samples for shard in manifest.shards)
     things = "one thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
     said = "all as its manifest says" if not wrong else f"{things} wrong, above"
-    read = (
-        f"{_many(len(manifest.shards), 'shard')}, {_many(samples, 'sample')}, {_speed(total, time.monotonic() - began)}"
-    )
+    read = f"{many(len(manifest.shards), 'shard')}, {many(samples, 'sample')}, {speed(total, time.monotonic() - began)}"
     print(f"{args.name} {digest[:8]}: {read}: {said}")
     return 1 if wrong else 0
 
 
 def _index(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    with _progress(0, f"index {args.name}") as told:
+    with megabytes(0, f"index {args.name}") as told:
         found = foreign.index(args.root, args.name, args.uri, args.jobs, args.held_out, told)
     for _, why in found.bad:
         print(why, flush=True)
     if found.bad:
         raise CalotypeError(
-            f"{_many(len(found.bad), 'shard')} of {args.uri} cannot be used, above, and nothing is published: mend or "
+            f"{many(len(found.bad), 'shard')} of {args.uri} cannot be used, above, and nothing is published: mend or "
             "remove what is wrong, and run the same command again, which reads only that"
         )
     manifest = Manifest(DATASETS[0], args.name, found.members, found.shards)
     fresh = sum(shard.bytes for shard in found.shards if shard.key in found.read)
-    speed = f", {_speed(fresh, time.monotonic() - began)}" if fresh else ""
+    took = f", {speed(fresh, time.monotonic() - began)}" if fresh else ""
     rows = [[f"{split.replace('_', ' ')} samples", part["samples"]] for split, part in manifest.totals().items()]
     rows += [
         ["shards", len(found.shards)],
         ["size", size(sum(shard.bytes for shard in found.shards))],
-        ["read now", f"{_many(len(found.read), 'shard')}{speed}"],
+        ["read now", f"{many(len(found.read), 'shard')}{took}"],
         ["members", " ".join(found.members)],
         ["passed by", _pairs(found.passed_by) or "nothing"],
         ["other files there", _pairs(found.beside) or "none"],
@@ -266,37 +260,3 @@ def _index(args: argparse.Namespace) -> int:
     ]
     console.table(f"dataset {args.name}: the shards at {args.uri}", ["what", "value"], rows)
     return 0
-
-
-@contextmanager
-def _progress(total: int, title: str) -> Iterator[Told]:
-    """A bar in MB; what it is told says how much there is."""
-    with console.Progress(max(total // 10**6, 1), "MB", title) as progress:
-
-        def told(done: int, of: int) -> None:
-            whole = progress.state.total = max(of // 10**6, 1)
-            progress.update(whole if done >= of else min(done // 10**6, whole - 1))  # the last word is said once
-
-        yield told
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-
-
-def _speed(count: int, seconds: float) -> str:
-    return f"{size(count)} in {seconds:.1f} s ({size(round(count / max(seconds, 1e-9)))}/s)"
-
-
-def age(seconds: float) -> str:
-    """Seconds as people read them: 40 s, 12 min, 5 h, 3 d."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding
-from calotype.data import cache
+from calotype.data import cache, statistics
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
 
@@ -130,8 +130,8 @@ def test_statistics_are_those_of_drawn_latents() -> None:
     mean = (rng.standard_normal((300, 2, 8, 8)) * scale[:, None, None] + shift[:, None, None]).astype(np.float32)
     std = np.full_like(mean, 0.5)
     samples = [stored(np.stack(pair), label=index % 7) for index, pair in enumerate(zip(mean, std))]
-    parts = [cache.statistics(samples[:100]), cache.statistics(samples[100:])]
-    found = cache.merge(json.loads(json.dumps(parts)))  # as they are remembered between attempts
+    parts = [statistics.of_samples(samples[:100]), statistics.of_samples(samples[100:])]
+    found = statistics.merge(json.loads(json.dumps(parts)))  # as they are remembered between attempts
     drawn = mean + std * rng.standard_normal(mean.shape)
     assert np.allclose(found["channel_mean"], mean.astype(np.float64).mean((0, 2, 3)), rtol=1e-7)
     assert np.allclose(found["channel_std"], np.sqrt(mean.astype(np.float64).var((0, 2, 3)) + 0.25), rtol=1e-7)
@@ -142,14 +142,14 @@ def test_statistics_are_those_of_drawn_latents() -> None:
 
 def test_statistics_are_a_function_of_the_bytes() -> None:
     samples = [stored(np.random.default_rng(i).standard_normal((2, 4, 3, 3)).astype(np.float16)) for i in range(9)]
-    assert cache.statistics(samples) == cache.statistics(iter(samples))
+    assert statistics.of_samples(samples) == statistics.of_samples(iter(samples))
 
 
 def test_a_collapsed_channel_is_refused() -> None:
     latent = np.random.default_rng(0).standard_normal((1, 2, 4, 4))
     latent[:, 1] = 3
     with pytest.raises(DataError, match="latent channel 1 is the same everywhere"):
-        cache.merge([cache.statistics([stored(latent)])])
+        statistics.merge([statistics.of_samples([stored(latent)])])
 
 
 def test_model_latents_are_white_and_go_back() -> None:
@@ -157,7 +157,7 @@ def test_model_latents_are_white_and_go_back() -> None:
     mean = torch.randn(500, 2, 4, 4, generator=generator) * torch.tensor([3.0, 0.1]).view(1, 2, 1, 1) + 7
     std, noise = torch.full_like(mean, 0.2), torch.randn(mean.shape, generator=generator)
     samples = [stored(torch.stack(pair).numpy()) for pair in zip(mean, std)]
-    found = cache.merge([cache.statistics(samples)])
+    found = statistics.merge([statistics.of_samples(samples)])
     scale = found["channel_mean"], found["channel_std"]
     model = cache.to_model(mean.half(), std.half(), noise, *scale)
     assert model.dtype == torch.float32

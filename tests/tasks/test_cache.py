@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding, TrainDenoiser
-from calotype.data import cache, shards
+from calotype.config import Autoencoder, CacheLatents, Data, Encoding, TrainDenoiser
+from calotype.data import cache, shards, statistics
 from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset, sidecar_key
 from calotype.data.shards import Sample
-from calotype.data.store import Store, open_store
+from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.model import digests
@@ -27,54 +26,8 @@ from calotype.model.autoencoder import load_autoencoder
 from calotype.tasks import cache as task
 from calotype.tasks import encode
 from diffusers import AutoencoderKL
-from PIL import Image
 
-CONDITIONS = {
-    "text": Condition(encoder={"_target_": "transformers.CLIPTextModel"}, length=8),
-    "label": Condition(kind="class", source="label", classes=10),
-}
-SIZES = {"train": (9, 8), "held_out": (5,)}
-
-
-def autoencoder_folder(folder: Path, seed: int = 0, scale: float = 1.0) -> str:
-    torch.manual_seed(seed)
-    sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    model = AutoencoderKL(latent_channels=4, **sizes, **kinds)
-    with torch.no_grad():
-        model.quant_conv.weight.mul_(scale)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def dataset(root: Path, sizes: dict[str, Sequence[int]] = SIZES, caption: str = "a {}") -> Manifest:
-    store, rows, number = open_store(str(root)).at("datasets", "toy"), [], 0
-    for split, counts in sizes.items():
-        for index, count in enumerate(counts):
-            samples = []
-            for _ in range(count):
-                samples.append(sample(number, caption))
-                number += 1
-            rows.append(shards.write_shard(store, f"shards/{split}-{len(sizes)}-{index:05d}.tar", samples, 4, split))
-    manifest = Manifest(DATASET, "toy", ("json", "png", "txt"), tuple(rows))
-    publish_dataset(store, manifest)
-    return manifest
-
-
-def sample(number: int, caption: str) -> Sample:
-    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    about = json.dumps({"label": number % 10, "width": 24, "height": 20}).encode()
-    return Sample(f"s{number:03d}", {"png": file.getvalue(), "txt": caption.format(number).encode(), "json": about})
-
-
-def config_of(root: Path, weights: str, **changes: Any) -> CacheLatents:
-    encoding = Encoding(resolution=16, batch=4)
-    autoencoder = Autoencoder(kind="pretrained", path=weights)
-    config = CacheLatents(name="c", root=str(root), data=Data(name="toy"), autoencoder=autoencoder, encoding=encoding,
-                          conditions=CONDITIONS)  # fmt: skip
-    return task.resolve(replace(config, **changes))
+from tests.caches import CONDITIONS, autoencoder_folder, config_of, dataset, latents_of, run, sample
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +39,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(tmp_path: Path, weights: str) -> CacheLatents:
     dataset(tmp_path)
     return config_of(tmp_path, weights)
-
-
-def run(config: CacheLatents, order: Callable[[list[Shard]], Sequence[Shard]] = list) -> dict[str, Any]:
-    encode_shard = task.make(config, Worker())
-    return task.commit(config, [encode_shard(unit) for unit in order(task.plan(config))])
-
-
-def latents_of(config: CacheLatents) -> Store:
-    return open_store(config.root).at("latents", cache.encoding_id(cache.encoding_of(config)))
 
 
 def made_bytes(config: CacheLatents) -> dict[str, bytes]:
@@ -119,7 +63,7 @@ def test_a_cache_holds_what_the_autoencoder_says_of_every_sample(config: CacheLa
     drawn = []
     for made, original in zip(stored, shards.iterate(root.at("datasets", "toy"), source.shards), strict=True):
         arrays = cache.decode_sample(made, CONDITIONS)
-        picture = encode.decoded([original], config)[0].pixels
+        picture = encode.decoded(original, config).pixels
         mean, std = model.encode(torch.from_numpy(picture)[None].float() / 127.5 - 1)
         assert std is not None
         assert made.key == original.key
@@ -242,7 +186,7 @@ def test_a_writer_whose_machine_differs_in_a_bit_takes_over_the_first_tar(config
     assert shards.existing_shard(store, key) is None
     made = task.make(config, Worker())(unit)
     assert made.shard.sha256 != mine.shard.sha256
-    assert made.statistics == cache.statistics(theirs)
+    assert made.statistics == statistics.of_samples(theirs)
     assert next(shards.iterate(store, [made.shard])).key == theirs[0].key
 
 
@@ -270,10 +214,8 @@ def test_pixel_space_stores_the_pixels(tmp_path: Path, weights: str) -> None:
     latent = cache.decode_sample(made, ())["latent"]
     original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), task_shards(config)))
     assert latent.shape == (1, 3, 16, 16)
-    assert np.array_equal(
-        np.round((latent[0].astype(np.float32) + 1) * 127.5), encode.decoded([original], config)[0].pixels
-    )
-    assert figures["psnr_sample"] > 60
+    assert np.array_equal(np.round((latent[0].astype(np.float32) + 1) * 127.5), encode.decoded(original, config).pixels)
+    assert figures["psnr"] == 60
 
 
 def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
@@ -287,8 +229,8 @@ def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents
     assert grid.size == (8 * 16, 2 * 16)  # five held-out images and their reconstructions
     held_out = [s for s in task_shards(config) if s.split == "held_out"]
     original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), held_out))
-    assert np.array_equal(np.asarray(grid)[:16, :16], encode.decoded([original], config)[0].pixels.transpose(1, 2, 0))
-    assert 0 < task.commit(config, made)["psnr_sample"] < 60
+    assert np.array_equal(np.asarray(grid)[:16, :16], encode.decoded(original, config).pixels.transpose(1, 2, 0))
+    assert 0 < task.commit(config, made)["psnr"] < 60
     assert encode_shard(held_out[0]).grid == grid  # also of a shard that was there
 
 
@@ -386,14 +328,18 @@ def test_one_changed_weight_makes_another_cache(trainer: TrainDenoiser, tmp_path
         model.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
     model.save_pretrained(tmp_path / "nudged")
     assert digests.encoder_digest(tmp_path / "nudged") != digests.encoder_digest(weights)
-    nudged = task.resolve(replace(trainer, autoencoder=Autoencoder(kind="pretrained", path=str(tmp_path / "nudged"))))
+    nudged = task.resolve_inputs(
+        replace(trainer, autoencoder=Autoencoder(kind="pretrained", path=str(tmp_path / "nudged")))
+    )
     with pytest.raises(DataError, match=r"nearest one differs in autoencoder\.encoder"):
         cache.load_cache(open_store(trainer.root), nudged)
     with torch.no_grad():
         model.load_state_dict(AutoencoderKL.from_pretrained(weights, low_cpu_mem_usage=False).state_dict())
         model.decoder.conv_out.weight.mul_(2)
     model.save_pretrained(tmp_path / "decoder")
-    tuned = task.resolve(replace(trainer, autoencoder=Autoencoder(kind="pretrained", path=str(tmp_path / "decoder"))))
+    tuned = task.resolve_inputs(
+        replace(trainer, autoencoder=Autoencoder(kind="pretrained", path=str(tmp_path / "decoder")))
+    )
     assert cache.load_cache(open_store(trainer.root), tuned)  # a fine-tuned decoder keeps its caches
 
 

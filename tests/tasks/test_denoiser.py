@@ -61,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
             )
         rows.append(shards.write_shard(store, f"shards/{split}-0-00000.tar", samples, 16, split))
     publish_dataset(store, Manifest(DATASET, "dots", ("png", "txt", "json"), tuple(rows), {}))
-    made = cache_task.resolve(C.CacheLatents(**common(str(root))))
+    made = cache_task.resolve(C.CacheLatents(**common(str(root)), accept=C.Accept(psnr=0)))
     encode = cache_task.make(made, Worker())
     cache_task.commit(made, [encode(unit) for unit in cache_task.plan(made)])
     return str(root)
@@ -89,7 +89,7 @@ def settings(root: str, **changes: Any) -> C.TrainDenoiser:
     model = {"_target_": "diffusers.UNet2DConditionModel", "block_out_channels": [8, 16], "layers_per_block": 1,
              "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "mid_block_type": None,
              "up_block_types": ["UpBlock2D", "UpBlock2D"], "attention_head_dim": 4, "norm_num_groups": 4}  # fmt: skip
-    return cache_task.resolve(
+    return cache_task.resolve_inputs(
         C.TrainDenoiser(
             **common(root),
             denoiser=C.Denoiser(model=model),

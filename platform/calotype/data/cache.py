@@ -1,10 +1,11 @@
-"""What a latent cache is: its encoding and identity, its samples, its statistics; raw <-> model latents.
+"""What a latent cache is: its encoding and identity, its samples; raw <-> model latents.
 
     latents/E/encoding.json            what E stands for
               <sha>.tar                latents of the source shard with that SHA-256: same samples, order and chunks
               <sha>.sidecar.json       written last: the shard is finished
-              <sha>.made.json          a hint: statistics of the shard, and the machine that made it
-    caches/<cache id>/manifest.json    E and one dataset version: its latent shards and channel statistics; written last
+              <sha>.made.json          a hint: statistics of the shard, samples left out, the machine that made it
+    caches/<cache id>/manifest.json    E and one dataset version: its latent shards, channel statistics and acceptance
+                                       report (tasks/accept.py); written last
 
 Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
 encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original, and
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 ENCODING = "calotype.encoding/1"
 LATENT = "latent.npy"
-
-Statistics = dict[str, Any]
 
 
 # -------------------------------------------------------------------------------------------- identity
@@ -170,17 +169,23 @@ def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
 
 def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """`field (X in the cache, Y here)` for every field in which two encodings differ."""
-    old, new = _flat(cached), _flat(wanted)
-    return [f"{name} ({old.get(name, 'nothing')} in the cache, {new.get(name, 'nothing')} here)"
+    return [f"{name} ({old} in the cache, {new} here)" for name, old, new in differing(cached, wanted)]
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, of one, of the other) for every field in which two encodings differ."""
+    old, new = flat(one), flat(other)
+    return [(name, old.get(name, "nothing"), new.get(name, "nothing"))
             for name in sorted({**old, **new}) if old.get(name) != new.get(name)]  # fmt: skip
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of an encoding, by the names of the settings that decide them."""
     names = {"resolution", "dtype", "posterior", "batch"}  # what the user calls encoding.*
     made: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{key}"
-        made.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+        made.update(flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
     return made
 
 
@@ -239,69 +244,6 @@ def decode_sample(sample: Sample, conditions: Iterable[str]) -> dict[str, np.nda
             )
         made[name] = from_npy(sample.members[f"{name}.npy"])
     return made
-
-
-# ------------------------------------------------------------------------------------------ statistics
-
-
-def statistics(samples: Iterable[Sample]) -> Statistics:
-    """Sums over the stored latents of one shard, in float64, in stored order: a function of the shard's bytes alone.
-
-    Returns:
-        `count` of positions per channel, `sum` and `squares` of the mean and `variance` of the posterior per channel,
-        `largest` absolute mean, `labels`, the number of classes that the largest label needs, and `cut` captions.
-    """
-    count, largest, labels, cut = 0, 0.0, 0, 0
-    sums: np.ndarray[Any, Any] = np.zeros((3, 0))
-    for sample in samples:
-        latent = from_npy(sample.members[LATENT]).astype(np.float64)
-        mean, std = latent[0], latent[1] if len(latent) == 2 else np.zeros_like(latent[0])
-        if not sums.size:
-            sums = np.zeros((3, len(mean)))
-        sums += np.stack([mean, mean**2, std**2]).sum(axis=(2, 3))
-        count += mean[0].size
-        largest = max(largest, float(np.abs(mean).max()))
-        about = json.loads(bytes(sample.members["json"]))
-        labels, cut = max(labels, about.get("label", -1) + 1), cut + ("cut" in about)
-    total, squares, variance = sums.tolist()
-    return {
-        "count": count,
-        "sum": total,
-        "squares": squares,
-        "variance": variance,
-        "largest": largest,
-        "labels": labels,
-        "cut": cut,
-    }
-
-
-def merge(parts: Iterable[Statistics]) -> dict[str, Any]:
-    """Statistics of shards, in the manifest's order -> `channel_mean`, `channel_std` of drawn latents; `largest`,
-    `labels`, `captions_cut`.
-
-    Var z = E[mean^2 + std^2] - E[mean]^2 for z = mean + std * noise.
-
-    Raises:
-        DataError: a channel is constant, so that nothing could be scaled by it.
-    """
-    parts = list(parts)
-    count, sums = 0, np.zeros((3, 1))
-    for part in parts:
-        count += part["count"]
-        sums = sums + np.array([part["sum"], part["squares"], part["variance"]])
-    mean = sums[0] / count
-    variance = (sums[1] + sums[2]) / count - mean**2
-    constant = np.flatnonzero(variance <= 1e-12 * (1 + mean**2))
-    if len(constant):
-        raise DataError(f"latent channel {constant[0]} is the same everywhere: the autoencoder has collapsed, or all "
-                        "images are alike")  # fmt: skip
-    return {
-        "channel_mean": mean.tolist(),
-        "channel_std": np.sqrt(variance).tolist(),
-        "largest": max(part["largest"] for part in parts),
-        "labels": max(part["labels"] for part in parts),
-        "captions_cut": sum(part["cut"] for part in parts),
-    }
 
 
 # ------------------------------------------------------------------------------ raw latents <-> model latents

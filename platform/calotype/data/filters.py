@@ -132,9 +132,15 @@ class Selection(Mapping[str, Bits]):
     def __len__(self) -> int:
         return len(self._packed)
 
-    def renamed(self, names: Mapping[str, str]) -> Selection:
-        """The same for other shards: their key -> key of the one that holds the same samples."""
-        return Selection({name: self._packed[key] for name, key in names.items()})
+    def renamed(self, names: Mapping[str, str], lacking: Mapping[str, Sequence[int]]) -> Selection:
+        """The same for other shards: their key -> key of the one that holds the same samples, but for `lacking`, rows
+        by that one's key."""
+        made = {name: self._packed[key] for name, key in names.items()}
+        for name, key in names.items():
+            if key in lacking:
+                kept = np.delete(self[key], lacking[key])
+                made[name] = np.packbits(kept), len(kept)
+        return Selection(made)
 
 
 def load(store: Store, name: str, manifest: Manifest) -> Selection:
@@ -155,9 +161,12 @@ def load(store: Store, name: str, manifest: Manifest) -> Selection:
 
 
 def of_cache(keep: Selection, dataset: Manifest, cache: Manifest) -> Selection:
-    """The same selection for the latents of a dataset, whose samples lie in the same order."""
+    """The same selection for the latents of a dataset, whose samples lie in the same order; some have none."""
     source = {shard.sha256: shard.key for shard in dataset.shards}
-    return keep.renamed({shard.key: source[shard.source_sha256] for shard in cache.shards})
+    lost: dict[str, list[int]] = {}
+    for one in cache.meta.get("quarantined", ()):
+        lost.setdefault(one["shard"], []).append(one["row"])
+    return keep.renamed({shard.key: source[shard.source_sha256] for shard in cache.shards}, lost)
 
 
 def _key(name: str) -> str:

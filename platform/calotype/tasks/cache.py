@@ -12,16 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
+from typing import Any, TypeVar
 
 from calotype import runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
-from calotype.data import cache, images, shards
+from calotype.data import cache, shards, statistics
 from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import CACHE, Manifest, Shard, load_dataset
 from calotype.data.shards import Sample
@@ -29,42 +27,38 @@ from calotype.data.store import Missing, Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
 from calotype.model import digests
-from calotype.tasks import encode
+from calotype.tasks import accept, encode
+from calotype.tasks.accept import Decoded
 from calotype.tasks.autoencoder import published
-
-if TYPE_CHECKING:
-    from PIL import Image
+from calotype.tasks.encode import Lost
+from calotype.tasks.tally import Made, Spent, Tally
 
 Job = TypeVar("Job", CacheLatents, TrainDenoiser)
 T = TypeVar("T")
 R = TypeVar("R")
 
-MADE = "calotype.made/1"
+MADE, MADE_1 = "calotype.made/2", "calotype.made/1"
+REMEMBERED: dict[str, Callable[..., Any]] = {"lost": Lost, "decoded": Decoded}
 SHOWN = 16  # images whose reconstructions are drawn
 CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
 READERS = 16  # sidecars read at once when a cache is committed
 
 
-@dataclass(frozen=True)
-class Made:
-    """One latent shard.  `images` is 0 where it was there already.
-
-    Of the shard that is shown, `grid` is the picture of `reconstructions`, and `psnr` (dB) says how good they are.
-    """
-
-    shard: Shard
-    statistics: cache.Statistics
-    device: str
-    images: int = 0
-    seconds: float = 0.0
-    grid: Image.Image | None = None
-    psnr: float = 0.0
-
-
 # ------------------------------------------------------------------------------------------------ on submit
 
 
-def resolve(config: Job) -> Job:
+def resolve(config: CacheLatents) -> CacheLatents:
+    """Of the job itself: also what its images must reach, by what is known of the autoencoder.
+
+    Raises:
+        CalotypeError: as `resolve_inputs`.
+    """
+    if config.accept.psnr < 0:
+        config = replace(config, accept=replace(config.accept, psnr=_expected(config.autoencoder.path, config.root)))
+    return resolve_inputs(config)
+
+
+def resolve_inputs(config: Job) -> Job:
     """Names become digests: of the dataset, the autoencoder's encoder half, tokenizers and frozen text encoders.
 
     Raises:
@@ -98,6 +92,12 @@ def resolve_autoencoder(autoencoder: Autoencoder, root: str, resolution: int) ->
     return replace(autoencoder, path=path, f=f, channels=channels, digest=digests.encoder_digest(path))
 
 
+def _expected(path: str, root: str) -> float:
+    """dB that the images of a cache must reach, by what is known of its autoencoder."""
+    known = runs.find(root, "train_autoencoder", path).result() if path.startswith("run:") else {}
+    return accept.expected(known.get("psnr_heldout"))
+
+
 def _check_source(name: str, condition: Condition, dataset: Manifest) -> None:
     member = "txt" if condition.source == "text" else "json"
     if member not in dataset.members:
@@ -128,7 +128,7 @@ def shown(dataset: Manifest) -> Shard:
 
 def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
     """A function that encodes one source shard and commits its latents, or recognises that they are there."""
-    from calotype.model import conditioner
+    from calotype.model import conditioner, metrics
     from calotype.model.autoencoder import load_autoencoder
 
     source = _dataset_store(config)
@@ -143,47 +143,40 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
 
     def made(unit: Shard) -> Made:
         found = encode_shard(unit)
-        if unit != seen:
+        if found.decoded and unit != seen:
             return found
-        grid, psnr = reconstructions(model, (source, unit), (latents, found.shard), config, worker.device)
-        return replace(found, grid=grid, psnr=psnr)
+        with encode.exactly(1) as pool:
+            count = max(SHOWN, config.accept.samples) if unit == seen else config.accept.samples
+            lost = {one.row for one in found.lost}
+            compared = (source, unit), (latents, found.shard), lost, count, config, worker.device
+            decoded, pictures = pool.submit(accept.decoded, model, *compared).result()
+        new, found = not found.decoded, replace(found, decoded=decoded[: config.accept.samples])
+        if new:
+            _remember(latents, found)
+        return replace(found, grid=metrics.grid(pictures, columns=8)) if unit == seen else found
 
     def encode_shard(unit: Shard) -> Made:
         key = cache.latent_key(unit)
         if (there := shards.existing_shard(latents, key)) is not None:
-            return recognised(latents, there)
+            return recognised(source, latents, unit, there)
         start = time.monotonic()
         with encode.exactly(worker.threads) as pool:
-            batches = _batches(shards.iterate(source, [unit]), config.encoding.batch)
+            batches = _batches(enumerate(shards.iterate(source, [unit])), config.encoding.batch)
             work = partial(encode.batch, model, config=config, device=worker.device)
-            parts = _in_order(pool, work, batches, ahead=2 * worker.threads)
-            samples = [sample for part in parts for sample in part]
+            parts = list(_in_order(pool, work, batches, ahead=2 * worker.threads))
+        samples = [sample for part in parts for sample in part.samples]
+        lost = [one for part in parts for one in part.lost]
+        if not samples:
+            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({lost[0].reason})")
+        began = time.monotonic()
         shard, samples = _written(latents, key, samples, unit)
-        figures = cache.statistics(samples)
-        made_on = _remember(latents, shard, figures, worker.device)
-        return Made(shard, figures, made_on, len(samples), time.monotonic() - start)
+        now = time.monotonic()
+        decode, encoding = sum(part.decode for part in parts), sum(part.encode for part in parts)
+        spent = Spent(worker.rank, worker.threads, now - start, decode, encoding, now - began)
+        figures, made_on = statistics.of_samples(samples), encode.machine(worker.device)
+        return Made(unit, shard, figures, made_on, lost, (), len(samples), spent)
 
     return made
-
-
-def reconstructions(
-    model: Any, original: tuple[Store, Shard], cached: tuple[Store, Shard], config: CacheLatents, device: str
-) -> tuple[Image.Image, float]:
-    """A few originals, each beside what the decoder makes of its stored latent, and their PSNR in dB: what a denoiser
-    will be able to draw.
-    """
-    import torch
-
-    from calotype.model import metrics
-
-    (source, unit), (latents, shard) = original, cached
-    pictures = encode.decoded(list(islice(shards.iterate(source, [unit]), SHOWN)), config)
-    stored = [cache.decode_sample(s, ())["latent"][0] for s in islice(shards.iterate(latents, [shard]), SHOWN)]
-    raw = torch.from_numpy(np.stack(stored).astype(np.float32)).to(device)
-    made = model.decode(raw).clamp(-1, 1).cpu()
-    real = images.signed(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
-    grid = metrics.grid(torch.stack([real, made], 1).flatten(0, 1), columns=8)
-    return grid, float(metrics.psnr(made, real).mean())
 
 
 def _check_unchanged(config: CacheLatents) -> None:
@@ -194,7 +187,7 @@ def _check_unchanged(config: CacheLatents) -> None:
                             "again")  # fmt: skip
 
 
-def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+def _batches(samples: Iterator[T], size: int) -> Iterator[list[T]]:
     while batch := list(islice(samples, size)):
         yield batch
 
@@ -217,7 +210,6 @@ def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tu
         split, sha256 = unit.split, unit.sha256
         return shards.write_shard(latents, key, made, CHUNK_SAMPLES, split=split, source_sha256=sha256)
 
-    assert len(samples) == unit.samples, f"{len(samples)} of {unit.samples} samples"
     try:
         return write(samples), samples
     except DataError:
@@ -230,22 +222,38 @@ def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tu
 # ---------------------------------------------------------------------------------------------- statistics
 
 
-def _remember(latents: Store, shard: Shard, figures: cache.Statistics, device: str) -> str:
-    made_on = encode.machine(device)
-    data = {"format": MADE, "sha256": shard.sha256, "statistics": figures, "device": made_on}
-    latents.publish(_made_key(shard), json.dumps(data, sort_keys=True).encode())
-    return made_on
+def _remember(latents: Store, made: Made) -> None:
+    data: dict[str, Any] = {"format": MADE, "sha256": made.shard.sha256}
+    data.update(statistics=made.statistics, device=made.device)
+    data.update({name: [astuple(one) for one in getattr(made, name)] for name in REMEMBERED})
+    latents.publish(_made_key(made.shard), json.dumps(data, sort_keys=True).encode())
 
 
-def recognised(latents: Store, shard: Shard) -> Made:
-    """A finished shard with its statistics: remembered, or computed from its bytes if its maker died in between."""
+def recognised(source: Store, latents: Store, unit: Shard, shard: Shard) -> Made:
+    """A finished shard, with what its maker remembered of it; computed from its bytes, if that died in between."""
     try:
         found = json.loads(latents.read(_made_key(shard)))
     except Missing:
         found = {}
-    if found.get("format") == MADE and found.get("sha256") == shard.sha256:
-        return Made(shard, found["statistics"], found["device"])
-    return Made(shard, cache.statistics(shards.iterate(latents, [shard])), "not recorded")
+    if found.get("format") in (MADE, MADE_1) and found.get("sha256") == shard.sha256:
+        lost, decoded = ([kind(*one) for one in found.get(name, ())] for name, kind in REMEMBERED.items())
+        return Made(unit, shard, found["statistics"], found["device"], lost, decoded)
+    figures = statistics.of_samples(shards.iterate(latents, [shard]))
+    return Made(unit, shard, figures, "not recorded", _lost(source, latents, unit, shard))
+
+
+def _lost(source: Store, latents: Store, unit: Shard, shard: Shard) -> list[Lost]:
+    """The samples of a source shard that its latent shard lacks, found by their keys."""
+    if shard.samples == unit.samples:
+        return []
+    kept = deque(sample.key for sample in shards.iterate(latents, [shard]))
+    lost = []
+    for row, sample in enumerate(shards.iterate(source, [unit])):
+        if kept and sample.key == kept[0]:
+            kept.popleft()
+        else:
+            lost.append(Lost(row, sample.key, "not recorded"))
+    return lost
 
 
 def _made_key(shard: Shard) -> str:
@@ -259,7 +267,7 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
     """Write the cache's manifest, once every source shard has its latents; the figures of the job.
 
     Raises:
-        DataError: a latent shard is missing or has not the samples of its source.
+        DataError: a latent shard is missing or has not the samples of its source; or the cache is not accepted.
     """
     root, encoding = open_store(config.root), cache.encoding_of(config)
     identity = cache.cache_id(cache.encoding_id(encoding), config.data.digest)
@@ -267,28 +275,37 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
     results = list(results)
     if manifest is None:
         dataset = load_dataset(_dataset_store(config), config.data.digest)
-        manifest = _manifest(dataset, cache.latents_of(root, encoding), encoding, results)
+        manifest = _manifest(config, dataset, cache.latents_of(root, encoding), encoding, results)
         store = root.at("caches", identity)
         if not store.publish("manifest.json", manifest.to_bytes()):
             manifest = Manifest.from_bytes(store.read("manifest.json"))
-    totals = manifest.totals().values()
-    encoded, busy = sum(made.images for made in results), sum(made.seconds for made in results)
-    figures = {
+    totals, accepted = manifest.totals().values(), manifest.meta.get("acceptance", {})
+    tally = Tally(results)
+    figures: dict[str, Any] = {
         "cache": identity,
         "encoding": manifest_encoding(manifest),
         "dataset": config.data.digest,
         "shards": len(manifest.shards),
-        "shards_encoded": sum(made.images > 0 for made in results),
+        "shards_encoded": tally.encoded,
         "samples": sum(total["samples"] for total in totals),
-        "samples_encoded": encoded,
+        "samples_encoded": tally.images,
         "bytes": sum(total["bytes"] for total in totals),
         "captions_cut": manifest.meta["captions_cut"],
+        "quarantined": len(manifest.meta.get("quarantined", ())),
+        **{name: accepted[name] for name in ("psnr", "psnr_fresh") if name in accepted},
     }
-    if drawn := [made.psnr for made in results if made.grid is not None]:
-        figures["psnr_sample"] = round(drawn[0], 2)
-    if encoded:
-        figures["images_per_second"] = round(encoded / busy * min(config.cluster.workers, len(results)), 1)
-    return figures
+    return figures | tally.speeds()
+
+
+def within_budget(results: Iterable[Made], config: CacheLatents) -> list[tuple[Shard, Lost]]:
+    """Source samples that have no latent, each with its shard.
+
+    Raises:
+        DataError: more than `data.error_budget`.
+    """
+    lost = [(made.source, one) for made in results for one in made.lost]
+    accept.within_budget(lost, config)
+    return lost
 
 
 def manifest_encoding(manifest: Manifest) -> str:
@@ -296,33 +313,40 @@ def manifest_encoding(manifest: Manifest) -> str:
     return cache.encoding_id(manifest.meta["encoding"])
 
 
-def _manifest(dataset: Manifest, latents: Store, encoding: Mapping[str, Any], results: Sequence[Made]) -> Manifest:
-    made = {result.shard.source_sha256: result for result in results}
+def _manifest(
+    config: CacheLatents, dataset: Manifest, latents: Store, encoding: Mapping[str, Any], results: Sequence[Made]
+) -> Manifest:
+    made = {result.source.sha256: result for result in results}
     missing = [shard for shard in dataset.shards if shard.sha256 not in made]
+    store = _dataset_store(config)
 
     def recognise(source: Shard) -> Made:
         shard = shards.existing_shard(latents, cache.latent_key(source))
         if shard is None:
             raise DataError(f"the latents of {source.key} are missing under {latents.uri}: run the job again")
-        return recognised(latents, shard)
+        return recognised(store, latents, source, shard)
 
     with ThreadPoolExecutor(READERS, "sidecars") as pool:
-        made |= {found.shard.source_sha256: found for found in pool.map(recognise, missing)}
-    rows = []
-    for source in dataset.shards:
-        row = made[source.sha256].shard
-        if row.samples != source.samples:
-            raise DataError(
-                f"{latents.uri}/{row.key} has {row.samples} samples, its source {source.key} {source.samples}"
-            )
-        rows.append(replace(row, split=source.split))  # another dataset version may have dealt the splits otherwise
+        made |= {found.source.sha256: found for found in pool.map(recognise, missing)}
     in_order = [made[source.sha256] for source in dataset.shards]
+    rows = []
+    for source, found in zip(dataset.shards, in_order, strict=True):
+        if found.shard.samples + len(found.lost) != source.samples:
+            raise DataError(f"{latents.uri}/{found.shard.key} has {found.shard.samples} samples, its source "
+                            f"{source.key} {source.samples}, of which {len(found.lost)} were left out")  # fmt: skip
+        rows.append(replace(found.shard, split=source.split))  # another version may have dealt the splits otherwise
+    lost = within_budget(in_order, config)
+    merged = statistics.merge(found.statistics for found in in_order)
+    report = accept.report([one for found in in_order for one in found.decoded], merged, lost)
+    accept.check(report, encoding["autoencoder"]["channels"], config.accept, f"dataset {dataset.name}")
     meta = {
         "encoding": dict(encoding),
         "dataset": dataset.digest,
         "shape": list(cache.shape_of(encoding)),
-        **cache.merge(found.statistics for found in in_order),
+        **merged,
         "devices": sorted({found.device for found in in_order}),
+        "acceptance": report,
+        "quarantined": [{"shard": source.key, **asdict(one)} for source, one in lost],
     }
     return Manifest(CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
 

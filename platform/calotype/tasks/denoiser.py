@@ -22,7 +22,7 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.model import folders
 from calotype.tasks import batches
-from calotype.tasks.cache import resolve as resolve_cache
+from calotype.tasks.cache import resolve_inputs
 from calotype.train import checkpoint
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
     Raises:
         CalotypeError: no cache for this model, nothing to start from, or a setting that cannot be.
     """
-    config = resolve_cache(config)
+    config = resolve_inputs(config)
     found = cache.load_cache(open_store(config.root), config)
     if not found.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")

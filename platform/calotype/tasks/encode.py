@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,25 @@ from calotype.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A source sample without a latent: `row` in its shard, and why."""
+
+    row: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch: its latent samples, source samples that have none, and seconds that its thread decoded and encoded."""
+
+    samples: Sequence[Sample] = ()
+    lost: Sequence[Lost] = ()
+    decode: float = 0.0
+    encode: float = 0.0
 
 
 @contextmanager
@@ -39,15 +60,36 @@ def exactly(threads: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def batch(model: Any, samples: Sequence[Sample], config: CacheLatents, device: str) -> list[Sample]:
-    """At most `encoding.batch` source samples -> their latent samples."""
-    pictures = decoded(samples, config)
-    return stored(samples, pictures, encoded(model, pictures, config, device), config, device)
+def batch(model: Any, samples: Sequence[tuple[int, Sample]], config: CacheLatents, device: str) -> Encoded:
+    """At most `encoding.batch` source samples, each with its row -> their latent samples, and those that have none.
+
+    Raises:
+        DataError: one of them has none, and `data.error_budget` is 0; or the autoencoder's weights are broken.
+    """
+    began = time.monotonic()
+    sound: list[tuple[Sample, images.Picture, dict[str, Any]]] = []
+    lost: list[Lost] = []
+    for row, sample in samples:
+        try:
+            sound.append((sample, decoded(sample, config), _about(sample, config.conditions)))
+        except DataError as error:
+            if not config.data.error_budget:
+                raise
+            lost.append(Lost(row, sample.key, str(error)))
+    decoded_at = time.monotonic()
+    if not sound:
+        return Encoded((), lost, decoded_at - began)
+    good, pictures, abouts = zip(*sound, strict=True)
+    for picture, about in zip(pictures, abouts, strict=True):
+        about.setdefault("width", picture.width)
+        about.setdefault("height", picture.height)
+    made = stored(good, abouts, encoded(model, pictures, config, device), config, device)
+    return Encoded(made, lost, decoded_at - began, time.monotonic() - decoded_at)
 
 
-def decoded(samples: Sequence[Sample], config: CacheLatents) -> list[images.Picture]:
+def decoded(sample: Sample, config: CacheLatents) -> images.Picture:
     size, limit = config.encoding.resolution, config.data.max_pixels
-    return [images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit) for sample in samples]
+    return images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit)
 
 
 def encoded(
@@ -63,17 +105,16 @@ def encoded(
 
 def stored(
     samples: Sequence[Sample],
-    pictures: Sequence[images.Picture],
+    abouts: Sequence[dict[str, Any]],
     raw: tuple[Tensor, Tensor | None],
     config: CacheLatents,
     device: str,
 ) -> list[Sample]:
-    """Source samples and their raw latents -> samples of the latent shard."""
+    """Source samples, what goes into their `json`, and their raw latents -> samples of the latent shard."""
     mean, std = raw
     gaussian = std is not None and config.encoding.posterior == "gaussian"
     both = np.stack([mean.numpy(), std.numpy()] if gaussian and std is not None else [mean.numpy()], axis=1)
-    abouts = [_about(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
-    values = _conditions(samples, abouts, config.conditions, device)
+    values = _conditions(abouts, config.conditions, device)
     made = []
     for index, (sample, about) in enumerate(zip(samples, abouts, strict=True)):
         latent = narrowed(both[index], config.encoding.dtype, sample.key)
@@ -94,31 +135,35 @@ def narrowed(latent: np.ndarray[Any, Any], dtype: str, key: str) -> np.ndarray[A
     return made
 
 
-def _about(sample: Sample, picture: images.Picture) -> dict[str, Any]:
-    """What goes into `json`: caption, label, and the size of the original."""
-    found = json.loads(bytes(sample.members["json"])) if "json" in sample.members else {}
-    about = {"width": found.get("width", picture.width), "height": found.get("height", picture.height)}
-    if "txt" in sample.members:
-        about["text"] = bytes(sample.members["txt"]).decode()
-    if "label" in found:
-        about["label"] = found["label"]
+def _about(sample: Sample, conditions: Mapping[str, Condition]) -> dict[str, Any]:
+    """What goes into `json` of what the source says: caption, label, size of the original.
+
+    Raises:
+        DataError: it is not readable, or lacks what a condition is made from.
+    """
+    try:
+        found = json.loads(bytes(sample.members["json"])) if "json" in sample.members else {}
+        about = {name: found[name] for name in ("width", "height", "label") if name in found}
+        if "txt" in sample.members:
+            about["text"] = bytes(sample.members["txt"]).decode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"sample {sample.key} has a .json or .txt that is none ({error})") from error
+    for name, condition in conditions.items():
+        if condition.source not in about:
+            raise DataError(f"sample {sample.key} has no {condition.source}, which conditions.{name} is made from")
+        if condition.source == "label" and (type(about["label"]) is not int or about["label"] < 0):
+            raise DataError(f"sample {sample.key} has label {about['label']!r}, which is no class number")
     return about
 
 
 def _conditions(
-    samples: Sequence[Sample],
-    abouts: Sequence[MutableMapping[str, Any]],
-    conditions: Mapping[str, Condition],
-    device: str,
+    abouts: Sequence[MutableMapping[str, Any]], conditions: Mapping[str, Condition], device: str
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Name -> (B, ...) stored forms; captions with more tokens than that holds are noted in `abouts`."""
     from calotype.model import conditioner
 
     made = {}
     for name, condition in conditions.items():
-        for sample, about in zip(samples, abouts, strict=True):
-            if condition.source not in about:
-                raise DataError(f"sample {sample.key} has no {condition.source}, which conditions.{name} is made from")
         values = [about[condition.source] for about in abouts]
         made[name] = conditioner.inputs(condition, values, device).cpu().numpy()
         for about in abouts if condition.source == "text" else ():

@@ -1,0 +1,272 @@
+"""`calotype cache ls | show | verify | diff | gc`: the latent caches under a root, and who uses them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from calotype import caches, console, runs
+from calotype.console import age, many, megabytes, size, speed
+from calotype.data import cache, garbage, statistics, verify
+from calotype.data.manifest import Manifest
+from calotype.data.shards import iterate
+from calotype.data.store import Store, open_store
+from calotype.data.threads import Told, over
+from calotype.data_verbs import ROOT, checked, positive
+from calotype.errors import CalotypeError, DataError
+
+NAMED = 5  # runs, samples and shards that a line names
+
+VERIFY = """Read all of a cache and compare it with its manifest: the SHA-256 of every shard, the hash of every chunk,
+sidecars and numbers of samples, the encoding, and the statistics that training whitens by, computed anew.  Lists all
+that is wrong; exit status 1 if anything is."""
+
+GC = """Delete latent shards that no cache and no run refers to: left behind by jobs that were given up, by dataset
+versions that nobody trained on, by other encodings.  Shows what would go and asks first.
+
+A cache named as CACHE is given up: its manifest goes too, and with it the shards that no other cache or run needs.
+It is refused while a run that trained on it is there."""
+
+
+def add_to(verbs: Any) -> None:
+    """The verb `cache` and its own verbs."""
+    text = "latent caches: list them with who uses them, look into one, verify its bytes, compare two, delete leftovers"
+    made = verbs.add_parser("cache", help="latent caches: ls, show CACHE, verify CACHE, diff A B, gc", description=text)
+    inner = made.add_subparsers(dest="cache", metavar="VERB", required=True)
+
+    def verb(name: str, what: str, run: Callable[[argparse.Namespace], int], text: str = "") -> argparse.ArgumentParser:
+        made = inner.add_parser(
+            name, help=what, description=text or what, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        made.set_defaults(call=lambda args: checked(args, run))
+        made.add_argument("--root", default=ROOT, help="where caches/ lies (default %(default)s)")
+        return made
+
+    listed = verb("ls", "list the caches under a root: encoding, size, progress, age, which runs use it", _list)
+    shown = verb("show", "what a cache is: its encoding, statistics, acceptance report, what was left out", _show)
+    verified = verb("verify", "hash every byte again, and compute the statistics anew", _verify, VERIFY)
+    compared = verb("diff", "in what two caches differ; exit status 1 if they do", _diff)
+    collected = verb("gc", "delete latents that no cache and no run refers to", _gc, GC)
+    reference = "its id or how that begins, or the name of its cache_latents run"
+    for one in (shown, verified):
+        one.add_argument("reference", metavar="CACHE", help=reference)
+    compared.add_argument("references", metavar="CACHE", nargs=2, help=reference)
+    collected.add_argument("references", metavar="CACHE", nargs="*", help=f"to be given up: {reference}")
+    for one in (listed, shown):
+        one.add_argument("--json", action="store_true", help="for programs")
+    verified.add_argument("--jobs", type=positive, default=8, metavar="N", help="shards at once (default %(default)s)")
+    collected.add_argument("--yes", action="store_true", help="do not ask")
+    collected.add_argument(
+        "--hours", type=float, default=24.0, help="spare what is younger (default %(default)s): its job may still run"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- ls, show
+
+
+def _list(args: argparse.Namespace) -> int:
+    found, names = caches.known(args.root), runs.names(args.root)
+    if args.json:
+        print(json.dumps([_as_json(one, names) for one in found], indent=1))
+        return 0
+    rows = []
+    for one in found:
+        rows.append(
+            [
+                one.id[:8],
+                f"{one.dataset} {one.digest[:8]}",
+                _words(one.encoding),
+                one.samples if one.manifest else "",
+                size(one.bytes) if one.manifest else "",
+                one.state,
+                _named(one.makers, names),
+                _named(one.users, names) or "nobody",
+                age(time.time() - one.modified) if one.modified else "",
+            ]
+        )
+    columns = ["cache", "dataset", "encoding", "samples", "size", "state", "made by", "used by", "age"]
+    console.table(f"latent caches under {args.root}", columns, rows)
+    return 0
+
+
+def _words(encoding: dict[str, Any]) -> str:
+    """An encoding in a line: 256 px, f 8, float16 gaussian, encoder 1a2b3c4d, text tokens."""
+    if not encoding:
+        return ""
+    autoencoder = encoding["autoencoder"]
+    conditions = [f"{name} {form.get('mode', form['source'])}" for name, form in encoding["conditions"].items()]
+    words = [f"{encoding['resolution']} px", f"f {autoencoder['f']}", f"{encoding['dtype']} {encoding['posterior']}"]
+    return ", ".join([*words, f"encoder {autoencoder['encoder'][:8]}", *conditions])
+
+
+def _named(records: Sequence[runs.Record], names: dict[str, list[str]]) -> str:
+    found = sorted({name for record in records for name in names.get(record.identity, [record.identity[:8]])})
+    return ", ".join(found[:NAMED]) + (", ..." if len(found) > NAMED else "")
+
+
+def _as_json(one: caches.Known, names: dict[str, list[str]]) -> dict[str, Any]:
+    made: dict[str, Any] = {name: getattr(one, name) for name in ("id", "encoding", "dataset", "digest", "state")}
+    made |= {"samples": one.samples, "bytes": one.bytes, "modified": one.modified}
+    if one.manifest is not None:
+        made |= {"shards": len(one.manifest.shards), "meta": one.manifest.meta, "manifest": one.manifest.digest}
+    for what in ("makers", "users"):
+        listed = [
+            {"identity": r.identity, "names": names.get(r.identity, []), "job": r.job} for r in getattr(one, what)
+        ]
+        made[what] = listed
+    return made
+
+
+def _show(args: argparse.Namespace) -> int:
+    one, names = caches.found_by(args.root, args.reference), runs.names(args.root)
+    if args.json:
+        print(json.dumps(_as_json(one, names), indent=1))
+        return 0
+    rows: list[list[Any]] = [["cache", one.id], ["state", one.state], ["dataset", f"{one.dataset} {one.digest}"]]
+    rows += [[name, value] for name, value in cache.flat(one.encoding).items()]
+    if one.manifest is not None:
+        for split, part in one.manifest.totals().items():
+            held = f"{many(part['samples'], 'sample')} in {many(part['shards'], 'shard')}, {size(part['bytes'])}"
+            rows.append([split.replace("_", " "), held])
+        meta = one.manifest.meta
+        rows += [
+            ["members", " ".join(one.manifest.members)],
+            ["latent (C, h, w)", " x ".join(map(str, meta["shape"]))],
+            ["channel mean", _numbers(meta["channel_mean"])],
+            ["channel std", _numbers(meta["channel_std"])],
+            ["channel signal", _numbers(meta.get("channel_signal", ()))],
+            ["acceptance", _accepted(meta.get("acceptance"))],
+            ["left out", _left_out(meta.get("quarantined", ()))],
+            ["made on", "; ".join(meta["devices"])],
+            ["manifest", one.manifest.digest],
+        ]
+    lies = f"{open_store(args.root).uri}/latents/{cache.encoding_id(one.encoding)}" if one.encoding else ""
+    rows += [["shards at", lies], ["made by", _named(one.makers, names)], ["used by", _named(one.users, names)]]
+    console.table(f"latent cache {one.id[:8]}", ["what", "value"], rows)
+    return 0
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(console.figure(float(value)) for value in values) or "not recorded"
+
+
+def _accepted(report: dict[str, Any] | None) -> str:
+    if not report:
+        return "made before there was a gate: run `calotype cache verify`"
+    if "psnr" not in report:
+        return "no sample was decoded"
+    worst = ", ".join(f"{key} {psnr:g}" for key, psnr in report["worst"])
+    fresh = f"{report['psnr_fresh']:g} encoded anew"
+    return f"{report['psnr']:g} dB over {many(report['decoded'], 'decoded sample')} ({fresh}; worst: {worst})"
+
+
+def _left_out(lost: Sequence[dict[str, Any]]) -> str:
+    named = "; ".join(f"{one['shard']}/{one['key']} ({one['reason']})" for one in lost[:NAMED])
+    return f"{len(lost):,}" + (f": {named}{'; ...' if len(lost) > NAMED else ''}" if lost else "")
+
+
+# ------------------------------------------------------------------------------------------ verify, diff
+
+
+def _verify(args: argparse.Namespace) -> int:
+    one, manifest, latents = caches.finished(args.root, args.reference)
+    began, total = time.monotonic(), 2 * one.bytes
+    with megabytes(total, f"verify {one.id[:8]}") as told:
+        wrong = verify.verify(latents, manifest, args.jobs, lambda done, _: told(done, total))
+        wrong += check_statistics(latents, manifest, args.jobs, total, told) if not wrong else []
+    if latents.read("encoding.json") != json.dumps(one.encoding, indent=1, sort_keys=True).encode():
+        wrong.append(f"{latents.uri}/encoding.json is not the encoding of the manifest: it was changed")
+    for what in wrong:
+        print(what)
+    said = "all as its manifest says" if not wrong else f"{many(len(wrong), 'thing')} wrong, above"
+    read = f"{many(len(manifest.shards), 'shard')}, {many(one.samples, 'sample')}"
+    print(f"cache {one.id[:8]}: {read}, {speed(one.bytes, time.monotonic() - began)}: {said}")
+    return 1 if wrong else 0
+
+
+def check_statistics(latents: Store, manifest: Manifest, jobs: int, total: int, told: Told) -> list[str]:
+    """What training whitens by, computed anew from all latents."""
+
+    def sums(shard: Any, passed: Callable[[int], None]) -> Any:
+        found = statistics.of_samples(iterate(latents, [shard]))
+        passed(shard.bytes)
+        return found
+
+    done = total // 2
+    try:
+        merged = statistics.merge(over(manifest.shards, sums, jobs, total, done, told))
+    except DataError as error:
+        return [str(error)]
+    differing = [name for name in ("channel_mean", "channel_std") if merged[name] != manifest.meta[name]]
+    return [f"{name} of the manifest is {_numbers(manifest.meta[name])}, of its latents {_numbers(merged[name])}"
+            for name in differing]  # fmt: skip
+
+
+def _diff(args: argparse.Namespace) -> int:
+    one, other = (caches.found_by(args.root, reference) for reference in args.references)
+    rows = [[name, old, new] for name, old, new in cache.differing(one.encoding, other.encoding)]
+    if one.digest != other.digest:
+        rows.append(["dataset", *(f"{each.dataset} {each.digest[:8]}" for each in (one, other))])
+    if one.manifest is not None and other.manifest is not None:
+        mine, theirs = ({shard.source_sha256 for shard in each.manifest.shards} for each in (one, other))  # type: ignore[union-attr]
+        if mine != theirs:
+            alone = (f"{many(len(some), 'source shard')} of its own" for some in (mine - theirs, theirs - mine))
+            rows.append([f"shards (both have {len(mine & theirs):,})", *alone])
+        for name in ("channel_mean", "channel_std"):
+            values = [each.manifest.meta[name] for each in (one, other)]  # type: ignore[union-attr]
+            if values[0] != values[1]:
+                rows.append([name, *map(_numbers, values)])
+        psnr = [(each.manifest.meta.get("acceptance") or {}).get("psnr") for each in (one, other)]  # type: ignore[union-attr]
+        if psnr[0] != psnr[1]:
+            rows.append(["psnr, dB", *psnr])
+    elif one.state != other.state:
+        rows.append(["state", one.state, other.state])
+    if not rows:
+        print(f"{one.id[:8]} and {other.id[:8]} do not differ")
+        return 0
+    console.table("two latent caches", ["differs in", one.id[:8], other.id[:8]], rows)
+    return 1
+
+
+# --------------------------------------------------------------------------------------------------- gc
+
+
+def _gc(args: argparse.Namespace) -> int:
+    root = open_store(args.root)
+    given_up = [caches.found_by(args.root, reference) for reference in args.references]
+    for one in given_up:
+        if one.users:
+            users = _named(one.users, runs.names(args.root))
+            raise CalotypeError(f"cache {one.id[:8]} of dataset {one.dataset} is what {users} trained on: it stays")
+    ids = {one.id for one in given_up}
+    found = garbage.find(root, caches.kept(args.root, ids), args.hours * 3600)
+    if not found and not given_up:
+        print(f"nothing under {args.root}/latents is without a cache or run that refers to it")
+        return 0
+    total = sum(entry.size for entries in found.values() for entry in entries)
+    rows: list[list[Any]] = [[f"cache {one.id[:8]}", one.dataset, _words(one.encoding), "", ""] for one in given_up]
+    for encoding, entries in found.items():
+        shards = sum(entry.key.endswith(".tar") for entry in entries)
+        about = _words(json.loads(root.at("latents", encoding).read("encoding.json")))
+        rows.append([f"latents/{encoding[:8]}", "", about, shards, size(sum(entry.size for entry in entries))])
+    console.table(f"to be deleted under {args.root}", ["what", "dataset", "encoding", "shards", "size"], rows)
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise CalotypeError("nothing is deleted without a word: say --yes where there is no terminal to ask on")
+        if input(f"Delete {size(total)}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was deleted")
+            return 1
+    for one in given_up:
+        root.at("caches", one.id).delete("manifest.json")  # first: nobody may find it half
+        for maker in one.makers:
+            maker.store.delete("result.json")  # the same command makes it again
+    still = garbage.find(root, caches.kept(args.root, ids), args.hours * 3600)  # somebody may have begun meanwhile
+    going = {encoding: [entry for entry in entries if entry in found[encoding]]
+             for encoding, entries in still.items() if encoding in found}  # fmt: skip
+    garbage.delete(root, going)
+    print(f"{size(sum(entry.size for entries in going.values() for entry in entries))} deleted")
+    return 0

@@ -1,0 +1,147 @@
+"""The gate of a latent cache: what does not give its images back is not committed.
+
+of every shard    its first samples, read back from the store and decoded, beside their images (`decoded`)
+of the cache      how good they are, what storing them cost, channels that say nothing, samples left out (`report`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calotype.config import Accept, CacheLatents
+from calotype.data import cache, images, shards
+from calotype.data.manifest import Shard
+from calotype.data.store import Store
+from calotype.errors import DataError
+from calotype.tasks import encode
+from calotype.tasks.encode import Lost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BEST = 60.0  # dB, and no more: above that an image is the same to the last of its 8 bits
+SIGNAL = 0.01  # share of a channel's variance below which its posterior has collapsed
+BROUGHT = 12.0  # dB that an autoencoder must reach of which nothing is known: one that sees white noise stays below
+SLACK = 3.0  # dB that a cache may stay behind its autoencoder's own held-out images
+NAMED = 5  # samples that a refusal names
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A stored sample, decoded.  dB against its image; `fresh` of the same image encoded anew, in float32."""
+
+    key: str
+    psnr: float
+    fresh: float
+
+
+def decoded(
+    model: Any,
+    original: tuple[Store, Shard],
+    cached: tuple[Store, Shard],
+    lost: Collection[int],
+    count: int,
+    config: CacheLatents,
+    device: str,
+) -> tuple[list[Decoded], Tensor]:
+    """The first `count` samples of a latent shard, as the store gives them.
+
+    Args:
+        original, cached: source shard and latent shard, each in its store.
+        lost: rows of the source shard that have no latent.
+
+    Returns:
+        how good each is, and (2n, 3, S, S) in [-1, 1] on the CPU: images and reconstructions in turn.
+    """
+    import torch
+
+    from calotype.model import metrics
+
+    stored = [cache.decode_sample(one, ())["latent"][0] for one in islice(shards.iterate(*_one(cached)), count)]
+    kept = (one for row, one in enumerate(shards.iterate(*_one(original))) if row not in lost)
+    sources = list(islice(kept, len(stored)))
+    pictures = [encode.decoded(one, config) for one in sources]
+    real = images.signed(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
+    made = model.decode(torch.from_numpy(np.stack(stored).astype(np.float32)).to(device)).clamp(-1, 1).cpu()
+    anew = model.decode(model.encode(real.to(device))[0]).clamp(-1, 1).cpu()
+    psnr, fresh = (metrics.psnr(each, real).clamp(max=BEST).tolist() for each in (made, anew))
+    found = [Decoded(one.key, round(a, 2), round(b, 2)) for one, a, b in zip(sources, psnr, fresh, strict=True)]
+    return found, torch.stack([real, made], 1).flatten(0, 1)
+
+
+def _one(place: tuple[Store, Shard]) -> tuple[Store, Sequence[Shard]]:
+    return place[0], [place[1]]
+
+
+def report(found: Iterable[Decoded], statistics: Mapping[str, Any], lost: Collection[Any]) -> dict[str, Any]:
+    """What the cache's manifest says of its quality: a function of its bytes and images.
+
+    Args:
+        statistics: merged, of all shards.
+    """
+    worst = sorted(found, key=lambda one: (one.psnr, one.key))
+    made: dict[str, Any] = {
+        "decoded": len(worst),
+        "collapsed": [number for number, share in enumerate(statistics["channel_signal"]) if share < SIGNAL],
+        "lost": len(lost),
+    }
+    if worst:
+        made["psnr"] = round(float(np.mean([one.psnr for one in worst])), 2)
+        made["psnr_fresh"] = round(float(np.mean([one.fresh for one in worst])), 2)
+        made["worst"] = [[one.key, one.psnr] for one in worst[:NAMED]]
+    return made
+
+
+def check(found: Mapping[str, Any], channels: int, accept: Accept, where: str) -> None:
+    """
+    Raises:
+        DataError: the cache that `found` is the report of is outside the limits; all that is wrong with it.
+    """
+    if wrong := list(_wrong(found, channels, accept)):
+        raise DataError(f"the latents of {where} are not accepted, and no cache is committed: {'; '.join(wrong)}")
+
+
+def _wrong(found: Mapping[str, Any], channels: int, accept: Accept) -> Iterator[str]:
+    if len(found["collapsed"]) > accept.collapsed * channels:
+        yield (
+            f"the posterior of channels {found['collapsed']} of {channels} says nothing of the image, which is more "
+            f"than accept.collapsed={accept.collapsed:g}: lower the autoencoder's kl_weight"
+        )
+    if "psnr" not in found:
+        return
+    worst = ", ".join(f"{key} {psnr:g} dB" for key, psnr in found["worst"])
+    if found["psnr"] < accept.psnr:
+        yield (
+            f"{found['decoded']} of them decode to {found['psnr']:g} dB on average, less than accept.psnr="
+            f"{accept.psnr:g} (worst: {worst}): these are not the weights or the pixels that it was trained with"
+        )
+    if (loss := found["psnr_fresh"] - found["psnr"]) > accept.psnr_loss:
+        yield (
+            f"storing them costs {loss:.2f} dB, more than accept.psnr_loss={accept.psnr_loss:g} (worst: {worst}): "
+            "they are not what this autoencoder makes of these images, or encoding.dtype is too narrow"
+        )
+
+
+def within_budget(lost: Sequence[tuple[Shard, Lost]], config: CacheLatents) -> None:
+    """
+    Raises:
+        DataError: more samples have no latent than may be left out.
+    """
+    if len(lost) <= config.data.error_budget:
+        return
+    some = "; ".join(f"{shard.key}/{one.key}: {one.reason}" for shard, one in lost[:NAMED])
+    raise DataError(
+        f"{len(lost)} samples of dataset {config.data.name} could not be encoded, more than data.error_budget="
+        f"{config.data.error_budget}: {some}{'; ...' if len(lost) > NAMED else ''}; remove them, or raise the budget "
+        "and run again: what is encoded stays"
+    )
+
+
+def expected(reached: float | None) -> float:
+    """dB that a cache must reach, of an autoencoder that reached so much on its own held-out images; None: unknown."""
+    return BROUGHT if reached is None else max(0.0, round(reached - SLACK, 2))

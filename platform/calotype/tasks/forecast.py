@@ -1,0 +1,129 @@
+"""What caching the latents of a dataset will take: hours, bytes, cost; and how near that came.
+
+    rate   a few batches timed in this process, on this machine's threads or GPU; or a figure that is given
+    bytes  those of a shard written from the same batches
+
+Kept under `forecasts/<run identity>.json`, so that the run can say beside its figures what was expected of it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from calotype import compose
+from calotype.config import CacheLatents
+from calotype.data import cache, shards
+from calotype.data.elsewhere import dataset_store
+from calotype.data.manifest import load_dataset
+from calotype.data.shards import Sample
+from calotype.data.store import Missing, open_store
+from calotype.environment import Worker
+from calotype.errors import DataError
+from calotype.tasks import encode
+from calotype.tasks.cache import CHUNK_SAMPLES
+
+BATCHES = 3  # timed, of every thread; one more warms it up
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`images`: without latents yet, of `samples`.  `rate`: images per second of one worker."""
+
+    samples: int
+    images: int
+    rate: float
+    timed: bool
+    workers: int
+    hours: float
+    bytes: int  # of the whole cache
+    bytes_per_sample: float
+    cost: float  # in the currency of the price
+    epochs: float  # of encoding while training instead, after which the cache has paid for itself
+
+
+def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: float = 0.0) -> Forecast:
+    """
+    Args:
+        config: resolved.
+        rate: images per second of one worker; 0 times a few batches here.
+        price: of one worker for an hour.
+
+    Raises:
+        DataError: a sample of the first shard cannot be encoded.
+    """
+    store = dataset_store(config.root, config.data.name)
+    rows = load_dataset(store, config.data.digest).shards
+    done = set(cache.finished(cache.latents_of(open_store(config.root), cache.encoding_of(config)), rows))
+    samples = sum(row.samples for row in rows)
+    images = sum(row.samples for row in rows if row not in done)
+    many = config.encoding.batch * (1 + BATCHES) * worker.threads
+    measured, share, size = _timed(config, worker, list(islice(shards.iterate(store, rows), many)))
+    chosen = rate or measured
+    hours = images / chosen / config.cluster.workers / 3600
+    return Forecast(
+        samples=samples,
+        images=images,
+        rate=round(chosen, 2),
+        timed=not rate,
+        workers=config.cluster.workers,
+        hours=hours,
+        bytes=round(size * samples),
+        bytes_per_sample=round(size, 1),
+        cost=round(hours * config.cluster.workers * price, 2),
+        epochs=round(images / samples / share, 2),
+    )
+
+
+def _timed(config: CacheLatents, worker: Worker, samples: Sequence[Sample]) -> tuple[float, float, float]:
+    """(images per second, share of that time which encoding while training would take too, bytes per stored sample)."""
+    from calotype.model.autoencoder import load_autoencoder
+
+    model = load_autoencoder(config.autoencoder).to(worker.device).eval()
+    size = config.encoding.batch
+    batches = [list(enumerate(samples[at : at + size])) for at in range(0, len(samples), size)]
+    work = partial(encode.batch, model, config=config, device=worker.device)
+    with encode.exactly(worker.threads) as pool, tempfile.TemporaryDirectory() as folder:
+        warm = min(worker.threads, len(batches) - 1)
+        list(pool.map(work, batches[:warm]))
+        began = time.monotonic()
+        parts = list(pool.map(work, batches[warm:]))
+        encoded = time.monotonic() - began
+        made = [sample for part in parts for sample in part.samples]
+        if not made:
+            raise DataError(f"no sample of dataset {config.data.name} can be encoded: {parts[0].lost[0].reason}")
+        row = shards.write_shard(open_store(folder), "timed.tar", made, CHUNK_SAMPLES)
+        whole = time.monotonic() - began
+    return len(made) / whole, encoded / whole, row.bytes / len(made)
+
+
+# ---------------------------------------------------------------------------------------- and then
+
+
+def keep(config: CacheLatents, found: Forecast) -> None:
+    """For the run of this config, whenever it comes."""
+    store = open_store(config.root).at("forecasts")
+    store.write(f"{compose.identity('cache_latents', config)}.json", json.dumps(asdict(found), indent=1).encode())
+
+
+def compared(config: CacheLatents, figures: dict[str, Any], seconds: float) -> dict[str, float]:
+    """What was expected of this run, beside what it took; {} where nobody asked, or nothing was encoded now."""
+    try:
+        data = open_store(config.root).at("forecasts").read(f"{compose.identity('cache_latents', config)}.json")
+    except Missing:
+        return {}
+    expected = json.loads(data)
+    if not figures["samples_encoded"]:
+        return {}
+    share = figures["samples_encoded"] / max(expected["images"], 1)
+    return {
+        "predicted_hours": round(expected["hours"] * share, 4),
+        "actual_hours": round(seconds / 3600, 4),
+        "predicted_bytes": expected["bytes"],
+    }

@@ -1,0 +1,107 @@
+"""What the workers of a cache job give back, how far it is, and what their time goes to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calotype.data.manifest import Shard
+from calotype.data.statistics import Statistics
+from calotype.tasks.accept import Decoded
+from calotype.tasks.encode import Lost
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+EVERY = 5.0  # seconds between two points of a figure
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds that a worker took for a shard; `decode` and `encode` are those of its `threads`, together."""
+
+    worker: int
+    threads: int
+    whole: float
+    decode: float
+    encode: float
+    write: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """One latent shard of a source shard.
+
+    Attributes:
+        lost: source samples that have no latent.
+        decoded: how good its first samples are; of the shard that is shown, `grid` is their picture.
+        images: that were encoded now: 0 where it was there already.
+        spent: seconds, where it was encoded now.
+    """
+
+    source: Shard
+    shard: Shard
+    statistics: Statistics
+    device: str
+    lost: Sequence[Lost] = ()
+    decoded: Sequence[Decoded] = ()
+    images: int = 0
+    spent: Spent | None = None
+    grid: Image.Image | None = None
+
+
+class Tally:
+    """Of the shards that are done; one more is added in O(1), for there may be 10^5."""
+
+    def __init__(self, results: Iterable[Made] = ()) -> None:
+        self.shards = self.encoded = self.images = self.bytes = self.lost = 0
+        self._whole = self._threads = self._decode = self._encode = self._write = 0.0
+        self._told = 0.0
+        self._each: dict[int, tuple[int, float]] = {}  # worker -> (images, seconds)
+        for made in results:
+            self.add(made)
+
+    def add(self, made: Made) -> None:
+        self.shards += 1
+        self.lost += len(made.lost)
+        if (spent := made.spent) is None:
+            return
+        self.encoded += 1
+        self.images += made.images
+        self.bytes += made.shard.bytes
+        self._whole += spent.whole
+        self._threads += spent.whole * spent.threads
+        self._decode, self._encode, self._write = (
+            self._decode + spent.decode, self._encode + spent.encode, self._write + spent.write
+        )  # fmt: skip
+        images, seconds = self._each.get(spent.worker, (0, 0.0))
+        self._each[spent.worker] = images + made.images, seconds + spent.whole
+
+    def speeds(self) -> dict[str, float]:
+        """Images per second, over all workers and of each, and shares of their time; {} where nothing was encoded."""
+        if not self._each:
+            return {}
+        rates = {worker: images / max(seconds, 1e-9) for worker, (images, seconds) in sorted(self._each.items())}
+        return {
+            "images_per_second": round(sum(rates.values()), 1),
+            "encoder_busy_percent": round(100 * self._encode / self._threads, 1),
+            "decode_percent": round(100 * self._decode / self._threads, 1),
+            "write_percent": round(100 * self._write / self._whole, 1),
+            **{f"images_per_second_worker_{worker}": round(rate, 1) for worker, rate in rates.items()},
+        }
+
+    def due(self, units: int) -> bool:
+        """Whether the run is told now: every few seconds, and of the last shard."""
+        now = time.monotonic()
+        if self.shards < units and now - self._told < EVERY:
+            return False
+        self._told = now
+        return True
+
+    def figures(self, units: int) -> dict[str, float]:
+        """For the run, while it goes on.  `units`: shards that it began with."""
+        counts = {"shards_done": self.shards, "shards_left": units - self.shards, "bytes_written": self.bytes}
+        return {**self.speeds(), **counts, "quarantined": self.lost}

@@ -1,0 +1,40 @@
+"""Figures of a cache job while it runs."""
+
+from __future__ import annotations
+
+import pytest
+from calotype.data.manifest import Shard
+from calotype.tasks.encode import Lost
+from calotype.tasks.tally import Made, Spent, Tally
+
+SHARD = Shard("x.tar", 1000, 10, 5, "", "")
+
+
+def made(worker: int, images: int = 10, lost: int = 0) -> Made:
+    spent = Spent(worker, 2, whole=2.0, decode=0.8, encode=2.4, write=0.5) if images else None
+    return Made(SHARD, SHARD, {}, "", [Lost(0, "k", "why")] * lost, (), images, spent)
+
+
+def test_speeds_add_up_over_workers_and_shares_are_of_their_time() -> None:
+    tally = Tally([made(0), made(0), made(1), made(1, images=0, lost=2)])
+    figures = tally.figures(units=6)
+    assert figures["images_per_second"] == 10.0  # 20 images in 4 s, and 10 in 2 s
+    assert (figures["images_per_second_worker_0"], figures["images_per_second_worker_1"]) == (5.0, 5.0)
+    assert (figures["encoder_busy_percent"], figures["decode_percent"], figures["write_percent"]) == (60.0, 20.0, 25.0)
+    assert (figures["shards_done"], figures["shards_left"], figures["bytes_written"]) == (4, 2, 3000)
+    assert figures["quarantined"] == 2
+
+
+def test_where_nothing_was_encoded_there_is_no_speed() -> None:
+    assert Tally([made(0, images=0)]).speeds() == {}
+
+
+def test_the_run_is_told_now_and_then_and_of_the_last_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("calotype.tasks.tally.time.monotonic", lambda: now[0])
+    tally, told = Tally(), []
+    for _ in range(12):
+        tally.add(made(0))
+        now[0] += 1.0
+        told.append(tally.due(12))
+    assert [number for number, was in enumerate(told) if was] == [0, 5, 10, 11]

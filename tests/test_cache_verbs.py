@@ -1,0 +1,223 @@
+"""`calotype cache ls | show | verify | diff | gc`, as people type them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calotype import cli, runs
+from calotype.config import Autoencoder, CacheLatents, Data, Encoding, TrainDenoiser
+from calotype.data import cache, shards
+from calotype.data.manifest import Manifest, load_dataset, publish_dataset
+from calotype.data.store import open_store
+from calotype.environment import Worker
+from calotype.tasks import cache as task
+
+from tests.caches import config_of, dataset, latents_of, run, sample
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+Say = Callable[..., tuple[int, str]]
+PIXELS = Autoencoder(kind="identity", f=1, channels=3)
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Say:
+    """`calotype cache WORDS --root ROOT`, in this process: (exit status, what it said)."""
+    monkeypatch.setenv("CALOTYPE_HOME", str(tmp_path / ".calotype"))
+
+    def said(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["calotype", "cache", *words, "--root", str(tmp_path / "root")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return int(ended.value.code or 0), out.out + out.err
+
+    return said
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CacheLatents:
+    dataset(tmp_path / "root")
+    return replace(config_of(tmp_path / "root", "", autoencoder=PIXELS), name="mine")
+
+
+def recorded(job: str, config: Any, finish: bool = True) -> runs.Record:
+    """A run of the job, as its driver records it."""
+    record = runs.begin(job, config, lambda _: ("", ""), lambda _: None)
+    with runs.attempt_of(record) as publish:
+        if finish:
+            publish({"images": 1})
+    return record
+
+
+def trainer(config: CacheLatents, name: str) -> TrainDenoiser:
+    shared = {field: getattr(config, field) for field in ("root", "data", "autoencoder", "encoding", "conditions")}
+    return TrainDenoiser(name=name, **shared)
+
+
+def test_ls_says_what_is_there_how_far_it_is_and_who_uses_it(config: CacheLatents, say: Say) -> None:
+    run(config)
+    recorded("cache_latents", config)
+    recorded("train_denoiser", trainer(config, "tuesday"))
+    small = replace(config, encoding=replace(config.encoding, resolution=8), name="small")
+    task.make(small, Worker())(task.plan(small)[0])
+    recorded("cache_latents", small, finish=False)
+    status, out = say("ls")
+    assert status == 0
+    first, second = sorted((line for line in out.splitlines() if "toy" in line), key=lambda line: "finished" in line)
+    assert "1 of 3 shards" in first
+    assert "8 px" in first
+    assert "small" in first
+    assert "nobody" in first
+    for word in ("finished", "16 px, f 1, float16 deterministic, encoder identity", "mine", "tuesday", "22"):
+        assert word in second
+    status, out = say("ls", "--json")
+    found = {one["state"]: one for one in json.loads(out)}
+    assert set(found) == {"finished", "1 of 3 shards"}
+    assert found["finished"]["users"][0]["names"] == ["tuesday"]
+    assert found["finished"]["meta"]["acceptance"]["decoded"] == 6
+
+
+def test_ls_shows_the_others_beside_one_that_cannot_be_read(config: CacheLatents, say: Say) -> None:
+    run(config)
+    open_store(config.root).at("caches", "0" * 32).write("manifest.json", b"{")
+    status, out = say("ls")
+    assert status == 0
+    assert "unreadable" in out
+    assert "finished" in out
+
+
+def test_show_by_id_by_its_beginning_and_by_name(config: CacheLatents, say: Say) -> None:
+    identity = run(config)["cache"]
+    recorded("cache_latents", config)
+    for reference in (identity, identity[:6], "mine", "run:mine"):
+        status, out = say("show", reference)
+        assert status == 0
+        for word in (identity, "float16", "channel std", "6 decoded samples", "held out", "left out"):
+            assert word in out
+    status, out = say("show", "nobody")
+    assert (status, "there is no cache 'nobody'" in out) == (1, True)
+
+
+def test_the_commands_of_the_readme_run(config: CacheLatents, say: Say) -> None:
+    run(config)
+    recorded("cache_latents", config)
+    section = README.split("\n## Latent caches\n")[1].split("\n## ")[0]
+    commands = [shlex.split(line)[2:] for line in section.split("```sh\n")[1].split("```")[0].splitlines()]
+    assert [words[0] for words in commands] == ["ls", "show", "verify", "gc"]
+    for words in commands:
+        assert say(*words)[0] == 0, words
+
+
+def test_verify_says_nothing_is_wrong_and_then_what_is(config: CacheLatents, say: Say) -> None:
+    identity = run(config)["cache"]
+    status, out = say("verify", identity)
+    assert status == 0
+    assert "3 shards, 22 samples" in out
+    assert "all as its manifest says" in out
+    key = next(entry.key for entry in latents_of(config).list() if entry.key.endswith(".tar"))
+    data = bytearray(latents_of(config).read(key))
+    data[5000] ^= 1
+    latents_of(config).write(key, bytes(data))
+    status, out = say("verify", identity)
+    assert status == 1
+    assert f"{key} is damaged or replaced" in out
+
+
+def test_verify_finds_statistics_that_are_not_those_of_the_latents(config: CacheLatents, say: Say) -> None:
+    identity = run(config)["cache"]
+    store = open_store(config.root).at("caches", identity)
+    manifest = Manifest.from_bytes(store.read("manifest.json"))
+    store.write("manifest.json", replace(manifest, meta=manifest.meta | {"channel_std": [1.0, 1.0, 1.0]}).to_bytes())
+    status, out = say("verify", identity)
+    assert status == 1
+    assert "channel_std of the manifest is 1 1 1, of its latents 0." in out
+
+
+def test_diff_names_what_differs(config: CacheLatents, say: Say) -> None:
+    one = run(config)["cache"]
+    wide = replace(config, encoding=Encoding(resolution=16, batch=4, dtype="float32"))
+    other = run(wide)["cache"]
+    status, out = say("diff", one, other)
+    assert status == 1
+    assert "encoding.dtype" in out
+    assert "float16" in out
+    assert "encoding.resolution" not in out
+    status, out = say("diff", one, one)
+    assert (status, "do not differ" in out) == (0, True)
+
+
+def another_version(config: CacheLatents) -> CacheLatents:
+    """The dataset without its first shard and with a new one."""
+    store = open_store(config.root).at("datasets", "toy")
+    old = load_dataset(store)
+    extra = shards.write_shard(store, "shards/train-new-00000.tar", [sample(n, "a {}") for n in range(90, 93)], 4)
+    publish_dataset(store, replace(old, shards=(*old.shards[1:], extra)))
+    return task.resolve(replace(config, data=Data(name="toy")))
+
+
+def test_gc_deletes_what_nobody_refers_to_and_asks_first(config: CacheLatents, say: Say) -> None:
+    identity = run(config)["cache"]
+    recorded("cache_latents", config)
+    newer = another_version(config)
+    run(newer)
+    forgotten = replace(config, encoding=replace(config.encoding, resolution=8))
+    task.make(forgotten, Worker())(task.plan(forgotten)[0])
+    status, out = say("gc")  # all of it is younger than a day
+    assert (status, "nothing under" in out) == (0, True)
+    status, out = say("gc", "--hours", "0")
+    assert status == 1
+    assert "say --yes" in out
+    assert latents_of(forgotten).list("encoding.json")
+    status, out = say("gc", "--hours", "0", "--yes")
+    assert status == 0
+    assert list(latents_of(forgotten).list()) == []
+    for reference in (identity, cache.cache_id(cache.encoding_id(cache.encoding_of(newer)), newer.data.digest)):
+        assert say("verify", reference)[0] == 0  # what is referred to stays whole
+
+
+def test_a_cache_that_is_given_up_goes_with_its_own_shards_alone(config: CacheLatents, say: Say) -> None:
+    identity = run(config)["cache"]
+    made = recorded("cache_latents", config)
+    newer = another_version(config)
+    other = run(newer)["cache"]
+    status, _ = say("gc", identity[:8], "--hours", "0", "--yes")
+    assert status == 0
+    assert cache.find_cache(open_store(config.root), config) is None
+    tars = [entry.key for entry in latents_of(newer).list() if entry.key.endswith(".tar")]
+    assert len(tars) == 3  # two that both had, and the new one's; the first shard's are gone
+    assert say("verify", other)[0] == 0
+    assert not made.store.exists("result.json")
+    assert run(config)["samples_encoded"] == 9  # the same command makes it again, of what is lacking
+
+
+def test_a_cache_that_a_run_trained_on_is_not_given_up(config: CacheLatents, say: Say) -> None:
+    identity = run(config)["cache"]
+    recorded("train_denoiser", trainer(config, "tuesday"))
+    status, out = say("gc", identity, "--hours", "0", "--yes")
+    assert status == 1
+    assert "is what tuesday trained on: it stays" in out
+    assert say("verify", identity)[0] == 0
+
+
+def test_a_run_under_way_keeps_what_it_will_need(config: CacheLatents, say: Say) -> None:
+    task.make(config, Worker())(task.plan(config)[0])
+    recorded("cache_latents", config, finish=False)
+    status, out = say("gc", "--hours", "0", "--yes")
+    assert (status, "nothing under" in out) == (0, True)
+    assert len(cache.finished(latents_of(config), load_dataset(open_store(config.root).at("datasets", "toy")).shards))
+
+
+def test_nothing_is_deleted_beside_a_cache_that_cannot_be_read(config: CacheLatents, say: Say) -> None:
+    task.make(config, Worker())(task.plan(config)[0])
+    open_store(config.root).at("caches", "0" * 32).write("manifest.json", b"{")
+    status, out = say("gc", "--hours", "0", "--yes")
+    assert status == 1
+    assert "nobody knows what it needs, so nothing is deleted" in out
