@@ -16,7 +16,7 @@ from calotype.data.manifest import Manifest
 from calotype.data.shards import iterate
 from calotype.data.store import Store, open_store
 from calotype.data.threads import Told, over
-from calotype.data_verbs import ROOT, checked, positive
+from calotype.data_verbs import family, positive
 from calotype.errors import CalotypeError, DataError
 
 NAMED = 5  # runs, samples and shards that a line names
@@ -35,16 +35,7 @@ It is refused while a run that trained on it is there."""
 def add_to(verbs: Any) -> None:
     """The verb `cache` and its own verbs."""
     text = "latent caches: list them with who uses them, look into one, verify its bytes, compare two, delete leftovers"
-    made = verbs.add_parser("cache", help="latent caches: ls, show CACHE, verify CACHE, diff A B, gc", description=text)
-    inner = made.add_subparsers(dest="cache", metavar="VERB", required=True)
-
-    def verb(name: str, what: str, run: Callable[[argparse.Namespace], int], text: str = "") -> argparse.ArgumentParser:
-        made = inner.add_parser(
-            name, help=what, description=text or what, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        made.set_defaults(call=lambda args: checked(args, run))
-        made.add_argument("--root", default=ROOT, help="where caches/ lies (default %(default)s)")
-        return made
+    verb = family(verbs, "cache", "latent caches: ls, show CACHE, verify CACHE, diff A B, gc", text)
 
     listed = verb("ls", "list the caches under a root: encoding, size, progress, age, which runs use it", _list)
     shown = verb("show", "what a cache is: its encoding, statistics, acceptance report, what was left out", _show)

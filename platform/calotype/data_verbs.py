@@ -40,19 +40,7 @@ sidecars, columns, keys and numbers of samples.  Lists all that is wrong; exit s
 def add_to(verbs: Any) -> None:
     """The verb `data` and its own verbs."""
     text = "datasets: list them, look into one, verify its bytes, index shards that somebody else wrote"
-    made = verbs.add_parser(
-        "data", help="datasets: ls, show NAME, verify NAME, index URI --name NAME", description=text
-    )
-    inner = made.add_subparsers(dest="data", metavar="VERB", required=True)
-
-    def verb(name: str, what: str, run: Callable[[argparse.Namespace], int], text: str = "") -> argparse.ArgumentParser:
-        made = inner.add_parser(
-            name, help=what, description=text or what, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        made.set_defaults(call=lambda args: checked(args, run))
-        made.add_argument("--root", default=ROOT, help="where datasets/ lies (default %(default)s)")
-        return made
-
+    verb = family(verbs, "data", "datasets: ls, show NAME, verify NAME, index URI --name NAME", text)
     listed = verb("ls", "list the datasets under a root: newest version, samples, shards, bytes", _list)
     shown = verb("show", "what a dataset's manifest holds: splits, members, chunks, columns, source, some keys", _show)
     verified = verb("verify", "hash every byte again and compare it with the manifest", _verify, VERIFY)
@@ -69,6 +57,22 @@ def add_to(verbs: Any) -> None:
     indexed.add_argument(
         "--held-out", type=_share, default=0.0, metavar="SHARE", help="of the shards, held out whole (default none)"
     )
+
+
+def family(verbs: Any, name: str, what: str, text: str) -> Callable[..., argparse.ArgumentParser]:
+    """A verb with verbs of its own: the function that adds one of those, (name, help, run, text)."""
+    made = verbs.add_parser(name, help=what, description=text)
+    inner = made.add_subparsers(dest=name, metavar="VERB", required=True)
+
+    def verb(name: str, what: str, run: Callable[[argparse.Namespace], int], text: str = "") -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = inner.add_parser(
+            name, help=what, description=text or what, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        made.set_defaults(call=lambda args: checked(args, run))
+        made.add_argument("--root", default=ROOT, help="where datasets, caches and runs lie (default %(default)s)")
+        return made
+
+    return verb
 
 
 def positive(text: str) -> int:

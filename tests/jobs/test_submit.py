@@ -257,7 +257,9 @@ def test_a_gpu_is_a_setting() -> None:
         assert "gpus: 1" in calotype(*words, "--cfg", "job")
 
 
-@pytest.mark.parametrize("verb", ["up", "status", "down", "submit", "ps", "logs", "cancel", "runs", "export"])
+@pytest.mark.parametrize(
+    "verb", ["up", "status", "down", "submit", "plan", "ps", "logs", "cancel", "runs", "cache", "export"]
+)
 def test_verbs_that_the_readme_names_teach(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
