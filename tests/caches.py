@@ -28,9 +28,9 @@ CONDITIONS = {
 SIZES = {"train": (9, 8), "held_out": (5,)}
 
 
-def autoencoder_folder(folder: Path, seed: int = 0, scale: float = 1.0) -> str:
+def autoencoder_folder(folder: Path, seed: int = 0, scale: float = 1.0, channels: Sequence[int] = (8, 16)) -> str:
     torch.manual_seed(seed)
-    sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
+    sizes = {"block_out_channels": list(channels), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     model = AutoencoderKL(latent_channels=4, **sizes, **kinds)
     with torch.no_grad():

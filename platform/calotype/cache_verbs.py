@@ -147,7 +147,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 def _accepted(report: dict[str, Any] | None) -> str:
     if not report:
-        return "made before there was a gate: run `calotype cache verify`"
+        return "not recorded: it was made before there was a gate"
     if "psnr" not in report:
         return "no sample was decoded"
     worst = ", ".join(f"{key} {psnr:g}" for key, psnr in report["worst"])

@@ -76,7 +76,7 @@ def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: flo
         hours=hours,
         bytes=round(size * samples),
         bytes_per_sample=round(size, 1),
-        cost=round(hours * config.cluster.workers * price, 2),
+        cost=hours * config.cluster.workers * price,
         epochs=round(images / samples / share, 2),
     )
 
@@ -121,7 +121,7 @@ def compared(config: CacheLatents, figures: dict[str, Any], seconds: float) -> d
     expected = json.loads(data)
     if not figures["samples_encoded"]:
         return {}
-    share = figures["samples_encoded"] / max(expected["images"], 1)
+    share = figures["samples_encoded"] / max(expected["images"], 1) * expected["workers"] / config.cluster.workers
     return {
         "predicted_hours": round(expected["hours"] * share, 4),
         "actual_hours": round(seconds / 3600, 4),
