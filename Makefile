@@ -1,7 +1,7 @@
 # Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
 # Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale peers chaos clean
+.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale bench-cache peers chaos clean
 PY := .venv/bin/python
 
 help: ## this list
@@ -58,6 +58,9 @@ bench-stream: install ## the reader against webdataset, and against litdata, mos
 
 bench-scale: install ## the order at 10^9 samples and 4,096 ranks: seconds, memory, GETs, dollars
 	@$(PY) tests/bench/scale.py
+
+bench-cache: install ## caching latents beside the bare encoder, one file per image, and Ray Data
+	@$(PY) tests/bench/cache.py
 
 clean: ## remove caches and builds; .venv and .calotype stay
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
