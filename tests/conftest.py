@@ -75,6 +75,25 @@ def bucket(stack: Stack) -> str:
     return f"s3://test/{secrets.token_hex(6)}"
 
 
+@pytest.fixture
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """`typed(WORDS...)`: `calotype WORDS` in this process, beside no stack: (exit status, what it said)."""
+    from calotype import cli
+
+    monkeypatch.setenv("CALOTYPE_HOME", str(tmp_path / ".calotype"))
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["calotype", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out + said.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def warm() -> Any:
     """A multiprocessing context whose processes have their imports behind them: a quarter of a minute each."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype import cli, runs
+from calotype import runs
 from calotype.config import Autoencoder, CacheLatents, Data, Encoding, TrainDenoiser
 from calotype.data import cache, shards
 from calotype.data.manifest import Manifest, load_dataset, publish_dataset
@@ -28,18 +27,9 @@ PIXELS = Autoencoder(kind="identity", f=1, channels=3)
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Say:
-    """`calotype cache WORDS --root ROOT`, in this process: (exit status, what it said)."""
-    monkeypatch.setenv("CALOTYPE_HOME", str(tmp_path / ".calotype"))
-
-    def said(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["calotype", "cache", *words, "--root", str(tmp_path / "root")])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out = capsys.readouterr()
-        return int(ended.value.code or 0), out.out + out.err
-
-    return said
+def say(typed: Say, tmp_path: Path) -> Say:
+    """`calotype cache WORDS --root ROOT`."""
+    return lambda *words: typed("cache", *words, "--root", str(tmp_path / "root"))
 
 
 @pytest.fixture

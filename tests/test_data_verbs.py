@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from calotype import cli, console
+from calotype import console
 from calotype.data import Sample, open_dataset
 from calotype.data.manifest import DATASET, Manifest, publish_dataset
 from calotype.data.shards import write_shard
@@ -29,16 +29,11 @@ Say = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Say:
-    """`calotype data WORDS --root ROOT`, in this process: (exit status, what it said)."""
-    monkeypatch.setenv("CALOTYPE_HOME", str(tmp_path / ".calotype"))
+def say(typed: Say, tmp_path: Path) -> Say:
+    """`calotype data WORDS --root ROOT`."""
 
     def run(*words: str, root: object = tmp_path / "root") -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["calotype", "data", *words, *(["--root", str(root)] if root else [])])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
+        return typed("data", *words, *(["--root", str(root)] if root else []))
 
     return run
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from calotype import cli
 from calotype.config import Autoencoder, Data
 from calotype.environment import Worker
 from calotype.errors import DataError
@@ -61,16 +60,11 @@ def test_a_dataset_of_which_nothing_can_be_encoded_is_said(tmp_path: Path) -> No
         forecast.forecast(config, Worker())
 
 
-def test_as_people_type_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_people_type_it(tmp_path: Path, typed: Callable[..., tuple[int, str]]) -> None:
     dataset(tmp_path / "root")
-    monkeypatch.setenv("CALOTYPE_HOME", str(tmp_path / ".calotype"))
 
     def said(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["calotype", "plan", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out = capsys.readouterr()
-        return int(ended.value.code or 0), out.out + out.err
+        return typed("plan", *words)
 
     settings = [f"root={tmp_path / 'root'}", "data.name=toy", "autoencoder=identity", "encoding.resolution=16"]
     settings += ["conditions=label", "encoding.batch=4"]

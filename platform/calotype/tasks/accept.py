@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BEST = 60.0  # dB, and no more: above that an image is the same to the last of its 8 bits
 SIGNAL = 0.01  # share of a channel's variance below which its posterior has collapsed
-BROUGHT = 12.0  # dB that an autoencoder must reach of which nothing is known: one that sees white noise stays below
+BROUGHT = 12.0  # dB that an autoencoder must reach of which nothing is known: white pictures stay below
 SLACK = 3.0  # dB that a cache may stay behind its autoencoder's own held-out images
 NAMED = 5  # samples that a refusal names
 
