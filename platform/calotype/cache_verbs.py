@@ -90,7 +90,12 @@ def _words(encoding: dict[str, Any]) -> str:
         return ""
     autoencoder = encoding["autoencoder"]
     conditions = [f"{name} {form.get('mode', form['source'])}" for name, form in encoding["conditions"].items()]
-    words = [f"{encoding['resolution']} px", f"f {autoencoder['f']}", f"{encoding['dtype']} {encoding['posterior']}"]
+    shapes = f" in {len(encoding['buckets'])} shapes" if "buckets" in encoding else ""
+    words = [
+        f"{encoding['resolution']} px{shapes}",
+        f"f {autoencoder['f']}",
+        f"{encoding['dtype']} {encoding['posterior']}",
+    ]
     return ", ".join([*words, f"encoder {autoencoder['encoder'][:8]}", *conditions])
 
 

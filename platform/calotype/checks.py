@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from calotype.config import Autoencoder, CacheLatents, Condition, Prepare, TrainAutoencoder, TrainDenoiser
+from calotype.config import Autoencoder, CacheLatents, Condition, Encoding, Prepare, TrainAutoencoder, TrainDenoiser
 from calotype.errors import ConfigError
 
 # Code that a config may name with `_target_`.  Everything else is refused before anything is imported.
@@ -45,6 +45,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "autoencoder.f": (1, 64),
     "autoencoder.channels": (1, 1024),
     "encoding.resolution": (8, 16384),
+    "encoding.bucket_step": (0, 16384),
+    "encoding.bucket_aspect": (1, 16),
     "encoding.batch": (1, 65536),
     "accept.samples": (1, 1e4),
     "accept.psnr": (-1, 99),
@@ -102,6 +104,7 @@ def check(config: Any) -> None:
             )
     elif hasattr(config, "encoding"):
         _check_autoencoder(config.autoencoder, config.encoding.resolution, "encoding.resolution")
+        _check_buckets(config.encoding, config.autoencoder.f)
         if config.autoencoder.kind == "kl":
             raise ConfigError(
                 "autoencoder.kind=kl is an architecture without weights: use autoencoder=pretrained "
@@ -177,6 +180,12 @@ def check_denoiser(config: TrainDenoiser) -> None:
             f"latents of {height}x{height} cannot be halved {len(blocks) - 1} times: use fewer "
             "denoiser.model.block_out_channels or a larger encoding.resolution"
         )
+    step = config.autoencoder.f * 2 ** (len(blocks) - 1) if blocks else 1
+    if config.encoding.bucket_step % step:
+        raise ConfigError(
+            f"encoding.bucket_step={config.encoding.bucket_step} makes latents that cannot be halved {len(blocks) - 1} "
+            f"times: cache with a multiple of {step}, or use fewer denoiser.model.block_out_channels"
+        )
 
 
 def _check_autoencoder(autoencoder: Autoencoder, resolution: int, name: str) -> None:
@@ -198,6 +207,15 @@ def _check_autoencoder(autoencoder: Autoencoder, resolution: int, name: str) -> 
         raise ConfigError("autoencoder.kind=identity is pixel space: autoencoder.f=1 autoencoder.channels=3")
     if autoencoder.kind == "pretrained" and not autoencoder.path and not autoencoder.digest:
         raise ConfigError("autoencoder.path is missing: name a diffusers folder, a hub id or run:NAME")
+
+
+def _check_buckets(encoding: Encoding, f: int) -> None:
+    step, resolution = encoding.bucket_step, encoding.resolution
+    if step and (resolution % step or step % f):
+        raise ConfigError(
+            f"encoding.bucket_step={step} must be a multiple of {f}, the autoencoder's factor, and divide "
+            f"encoding.resolution={resolution}"
+        )
 
 
 def _check_condition(name: str, condition: Condition) -> None:

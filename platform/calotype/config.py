@@ -71,6 +71,10 @@ class Encoding:
     """How images become stored latents; part of the cache's identity."""
 
     resolution: int = setting(32, "edge in pixels after resize (shorter side) and centre crop")
+    bucket_step: int = setting(
+        0, "aspect buckets: sides are multiples of this, and hold at most resolution^2 pixels; 0: squares only"
+    )
+    bucket_aspect: float = setting(2.0, "aspect buckets: the longer side over the shorter, at most")
     dtype: str = setting("float16", "stored latents: float16 | float32 (numpy has no bfloat16)")
     posterior: str = setting("gaussian", "gaussian (mean and std are stored) | deterministic (mean only)")
     batch: int = setting(64, "images per encoder call: fixed, tail padded, so that bytes never depend on workers")

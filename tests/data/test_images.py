@@ -1,4 +1,4 @@
-"""One image -> one square picture: every mode, every orientation, and nothing hostile."""
+"""One image -> one picture of a given size: every mode, every orientation, and nothing hostile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calotype.data.images import decode, image_bytes, upright
+from calotype.data.images import decode, image_bytes, measured, upright
 from calotype.data.shards import Sample
 from calotype.errors import DataError
 from PIL import Image
@@ -93,6 +93,55 @@ def test_sixteen_bits_become_eight_by_rounding_not_by_clipping() -> None:
         made = decode(encoded(Image.fromarray(values), kind), 64).pixels
         assert np.array_equal(made[0], np.round(values / 257).astype(np.uint8))
         assert np.array_equal(made[0], made[2])
+
+
+def test_the_centre_of_any_shape_is_kept_in_one_resampling() -> None:
+    image = np.zeros((40, 120, 3), np.uint8)
+    image[:, 20:100] = (255, 0, 0)  # of which 2:1 is left
+    made = decode(encoded(Image.fromarray(image)), (64, 32))
+    assert made.pixels.shape == (3, 32, 64)
+    assert (made.pixels[0, :, 2:-2] == 255).all()
+    assert (made.width, made.height) == (120, 40)
+    tall = decode(encoded(Image.fromarray(image.transpose(1, 0, 2).copy())), (32, 64))
+    assert np.array_equal(tall.pixels, made.pixels.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_what_exif_turns_is_measured_turned(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(noise(20, 60)), kind, exif=exif)
+    assert measured(data) == (20, 60) == upright(data)[1:]
+    assert decode(data, (8, 24)).pixels.shape == (3, 24, 8)
+    plain = encoded(Image.fromarray(noise(20, 60)), kind)
+    assert measured(plain) == (60, 20) == upright(plain)[1:]
+
+
+def test_exif_behind_the_pixels_of_a_png_counts_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(noise(20, 60)), exif=exif)
+    at, end = data.index(b"eXIf") - 4, data.index(b"IEND") - 4
+    size = 12 + int.from_bytes(data[at : at + 4], "big")
+    moved = data[:at] + data[at + size : end] + data[at : at + size] + data[end:]
+    assert upright(moved)[1:] == (20, 60) == measured(moved)
+
+
+def test_what_has_no_header_cannot_be_measured() -> None:
+    with pytest.raises(DataError, match=r"^sample a: not a readable image"):
+        measured(b"not an image", "sample a")
+
+
+def test_a_large_turned_jpeg_is_not_decoded_smaller_than_twice_its_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rows = np.zeros((1024, 512, 3), np.uint8)
+    rows[::2] = 255  # turned they are columns: a JPEG decoded at 1/8 would have forgotten them
+    data = encoded(Image.fromarray(rows), "JPEG", quality=100, exif=exif)
+    image, width, height = upright(data, at_least=(1000, 500))
+    assert (width, height) == (1024, 512)
+    assert image.size == (1024, 512)
+    assert upright(data, at_least=(128, 64))[0].size == (128, 64)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr"])

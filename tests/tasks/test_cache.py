@@ -63,7 +63,7 @@ def test_a_cache_holds_what_the_autoencoder_says_of_every_sample(config: CacheLa
     drawn = []
     for made, original in zip(stored, shards.iterate(root.at("datasets", "toy"), source.shards), strict=True):
         arrays = cache.decode_sample(made, CONDITIONS)
-        picture = encode.decoded(original, config).pixels
+        picture = encode.decoded(original, config, (16, 16)).pixels
         mean, std = model.encode(torch.from_numpy(picture)[None].float() / 127.5 - 1)
         assert std is not None
         assert made.key == original.key
@@ -214,7 +214,9 @@ def test_pixel_space_stores_the_pixels(tmp_path: Path, weights: str) -> None:
     latent = cache.decode_sample(made, ())["latent"]
     original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), task_shards(config)))
     assert latent.shape == (1, 3, 16, 16)
-    assert np.array_equal(np.round((latent[0].astype(np.float32) + 1) * 127.5), encode.decoded(original, config).pixels)
+    assert np.array_equal(
+        np.round((latent[0].astype(np.float32) + 1) * 127.5), encode.decoded(original, config, (16, 16)).pixels
+    )
     assert figures["psnr"] == 60
 
 
@@ -229,7 +231,9 @@ def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents
     assert grid.size == (8 * 16, 2 * 16)  # five held-out images and their reconstructions
     held_out = [s for s in task_shards(config) if s.split == "held_out"]
     original = next(shards.iterate(open_store(config.root).at("datasets", "toy"), held_out))
-    assert np.array_equal(np.asarray(grid)[:16, :16], encode.decoded(original, config).pixels.transpose(1, 2, 0))
+    assert np.array_equal(
+        np.asarray(grid)[:16, :16], encode.decoded(original, config, (16, 16)).pixels.transpose(1, 2, 0)
+    )
     assert 0 < task.commit(config, made)["psnr"] < 60
     assert encode_shard(held_out[0]).grid == grid  # also of a shard that was there
 

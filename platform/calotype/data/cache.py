@@ -1,32 +1,37 @@
 """What a latent cache is: its encoding and identity, its samples; raw <-> model latents.
 
     latents/E/encoding.json            what E stands for
-              <sha>.tar                latents of the source shard with that SHA-256: same samples, order and chunks
+              <sha>.tar                latents of the source shard with that SHA-256: the same samples, in its order or,
+                                       with aspect buckets, sorted by bucket and in its order within each
+              <sha>.columns.parquet    with aspect buckets: `key`, and `row` of the sample in the source shard
               <sha>.sidecar.json       written last: the shard is finished
               <sha>.made.json          a hint: statistics of the shard, samples left out, the machine that made it
     caches/<cache id>/manifest.json    E and one dataset version: its latent shards, channel statistics and acceptance
                                        report (tasks/accept.py); written last
 
 Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
-encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original, and
-"cut": names of conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them:
+encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original, "crop" with
+aspect buckets ([left, top, right, bottom] in the original; else it is the centred square), and "cut": names of
+conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them:
 draws and scaling happen when they are read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calotype.compose import digest_of
-from calotype.config import CacheLatents, Condition, TrainDenoiser
+from calotype.config import CacheLatents, Condition, Encoding, TrainDenoiser
+from calotype.data import buckets
+from calotype.data.buckets import Size
 from calotype.data.images import PREPROCESSING
 from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset, sidecar_key
 from calotype.data.npy import from_npy, to_npy
-from calotype.data.shards import Sample
+from calotype.data.shards import Sample, columns_of
 from calotype.data.store import Missing, Store
 from calotype.errors import ConfigError, DataError
 
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
 ENCODING = "calotype.encoding/1"
 LATENT = "latent.npy"
+ROW = "row"  # column of a latent shard whose samples are sorted by bucket
 
 
 # -------------------------------------------------------------------------------------------- identity
@@ -62,7 +68,12 @@ def encoding_of(config: CacheLatents | TrainDenoiser) -> dict[str, Any]:
         "posterior": "deterministic" if pixels else encoding.posterior,
         "batch": encoding.batch,
         "conditions": {name: _stored_form(name, condition) for name, condition in sorted(config.conditions.items())},
-    }
+    } | ({"buckets": [list(size) for size in sizes_of(encoding)]} if encoding.bucket_step else {})
+
+
+def sizes_of(encoding: Encoding) -> list[Size]:
+    """(width, height) in pixels of every bucket; the one square where there are none."""
+    return buckets.sizes(encoding.resolution, encoding.bucket_step, encoding.bucket_aspect)
 
 
 def _stored_form(name: str, condition: Condition) -> dict[str, Any]:
@@ -91,9 +102,15 @@ def members_of(encoding: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def shape_of(encoding: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, h, w) of one latent."""
+    """(C, h, w) of the latent of a square."""
     edge = encoding["resolution"] // encoding["autoencoder"]["f"]
     return encoding["autoencoder"]["channels"], edge, edge
+
+
+def shapes_of(encoding: Mapping[str, Any]) -> list[list[int]]:
+    """[C, h, w] of the latents of every bucket; [] where there are none."""
+    f, channels = encoding["autoencoder"]["f"], encoding["autoencoder"]["channels"]
+    return [[channels, height // f, width // f] for width, height in encoding.get("buckets", ())]
 
 
 def latents_of(root: Store, encoding: Mapping[str, Any]) -> Store:
@@ -181,7 +198,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[st
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of an encoding, by the names of the settings that decide them."""
-    names = {"resolution", "dtype", "posterior", "batch"}  # what the user calls encoding.*
+    names = {"resolution", "buckets", "dtype", "posterior", "batch"}  # what the user calls encoding.*
     made: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{key}"
@@ -198,6 +215,18 @@ def finished(latents: Store, shards: Iterable[Shard]) -> list[Shard]:
 def latent_key(source: Shard) -> str:
     """Key of the latent shard of a source shard, in `latents/E`."""
     return f"{source.sha256}.tar"
+
+
+def source_rows(latents: Store, shard: Shard, lost: Collection[int]) -> list[int]:
+    """Rows, in the source shard, of the samples of a latent shard.
+
+    Args:
+        lost: rows of the source shard that have no latent.
+    """
+    table = columns_of(latents, shard, [ROW]) if shard.buckets else None
+    if table is not None:
+        return list(table[ROW].to_pylist())
+    return [row for row in range(shard.samples + len(lost)) if row not in lost]
 
 
 # --------------------------------------------------------------------------------------------- samples

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from calotype.data.cache import source_rows
 from calotype.data.manifest import Manifest, Shard, canonical, parsed
 from calotype.data.shards import columns_of
 from calotype.data.store import Missing, Store, open_store
@@ -85,12 +86,38 @@ def publish(store: Store, manifest: Manifest, conditions: Sequence[Any], taken_d
     if not left:
         named = [f"data.filter={list(conditions)}"] * bool(conditions) + ["data.takedown"] * bool(taken_down)
         raise ConfigError(f"{' with '.join(named)} leaves none of {manifest.name}'s samples")
-    bits = b"".join(np.packbits(part).tobytes() for part, _ in parts)
-    head = {"format": FORMAT, "sha256": hashlib.sha256(bits).hexdigest(), "kept": left}
-    head |= {"taken_down": len(taken_down), "found": len(set().union(*(found for _, found in parts)))}
-    store.publish(_key(name), canonical(head) + bits)
-    _say(head, manifest)
+    told = {"taken_down": len(taken_down), "found": len(set().union(*(found for _, found in parts)))}
+    _say(_write(store, name, [part for part, _ in parts], told), manifest)
     return name
+
+
+def publish_sorted(store: Store, name: str, dataset: Manifest, cache: Manifest, latents: Store) -> str:
+    """The selection `name` of a dataset for a cache of it whose samples are sorted by bucket; its id.
+
+    Raises:
+        DataError: columns of a latent shard are missing or changed.
+    """
+    made = hashlib.sha256(canonical([FORMAT, name, cache.digest])).hexdigest()[:32]
+    if store.exists(_key(made)):
+        return made
+    keep, source, lost = load(store, name, dataset), _sources(dataset), _lost(cache)
+
+    def kept(shard: Shard) -> Bits:
+        key = source[shard.source_sha256]
+        rows = source_rows(latents, shard, lost.get(key, ()))
+        return keep[key][rows]
+
+    with ThreadPoolExecutor(READERS, "columns") as pool:
+        _write(store, made, list(pool.map(kept, cache.shards)), {"selection": name, "cache": cache.digest})
+    return made
+
+
+def _write(store: Store, name: str, parts: Sequence[Bits], told: Mapping[str, Any]) -> dict[str, Any]:
+    bits = b"".join(np.packbits(part).tobytes() for part in parts)
+    kept = sum(int(part.sum()) for part in parts)
+    head = {"format": FORMAT, "sha256": hashlib.sha256(bits).hexdigest(), "kept": kept, **told}
+    store.publish(_key(name), canonical(head) + bits)
+    return head
 
 
 def _say(head: Mapping[str, Any], manifest: Manifest) -> None:
@@ -162,11 +189,21 @@ def load(store: Store, name: str, manifest: Manifest) -> Selection:
 
 def of_cache(keep: Selection, dataset: Manifest, cache: Manifest) -> Selection:
     """The same selection for the latents of a dataset, whose samples lie in the same order; some have none."""
-    source = {shard.sha256: shard.key for shard in dataset.shards}
+    source = _sources(dataset)
+    return keep.renamed({shard.key: source[shard.source_sha256] for shard in cache.shards}, _lost(cache))
+
+
+def _sources(dataset: Manifest) -> dict[str, str]:
+    """SHA-256 of a shard -> its key."""
+    return {shard.sha256: shard.key for shard in dataset.shards}
+
+
+def _lost(cache: Manifest) -> dict[str, list[int]]:
+    """Key of a source shard -> its rows that have no latent."""
     lost: dict[str, list[int]] = {}
     for one in cache.meta.get("quarantined", ()):
         lost.setdefault(one["shard"], []).append(one["row"])
-    return keep.renamed({shard.key: source[shard.source_sha256] for shard in cache.shards}, lost)
+    return lost
 
 
 def _key(name: str) -> str:

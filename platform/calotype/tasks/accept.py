@@ -1,6 +1,6 @@
 """The gate of a latent cache: what does not give its images back is not committed.
 
-of every shard    its first samples, read back from the store and decoded, beside their images (`decoded`)
+of every shard    a few samples, read back from the store and decoded, beside their images (`decoded`)
 of the cache      how good they are, what storing them cost, channels that say nothing, samples left out (`report`)
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,33 +48,54 @@ def decoded(
     config: CacheLatents,
     device: str,
 ) -> tuple[list[Decoded], Tensor]:
-    """The first `count` samples of a latent shard, as the store gives them.
+    """`count` samples of a latent shard, the first ones of each bucket, as the store gives them.
 
     Args:
         original, cached: source shard and latent shard, each in its store.
         lost: rows of the source shard that have no latent.
 
     Returns:
-        how good each is, and (2n, 3, S, S) in [-1, 1] on the CPU: images and reconstructions in turn.
+        how good each is, and (2n, 3, S, S) in [-1, 1] on the CPU: images and reconstructions in turn, smaller ones
+        framed in white.
     """
     import torch
 
     from calotype.model import metrics
 
-    stored = [cache.decode_sample(one, ())["latent"][0] for one in islice(shards.iterate(*_one(cached)), count)]
-    kept = (one for row, one in enumerate(shards.iterate(*_one(original))) if row not in lost)
-    sources = list(islice(kept, len(stored)))
-    pictures = [encode.decoded(one, config) for one in sources]
-    real = images.signed(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
-    made = model.decode(torch.from_numpy(np.stack(stored).astype(np.float32)).to(device)).clamp(-1, 1).cpu()
-    anew = model.decode(model.encode(real.to(device))[0]).clamp(-1, 1).cpu()
-    psnr, fresh = (metrics.psnr(each, real).clamp(max=BEST).tolist() for each in (made, anew))
-    found = [Decoded(one.key, round(a, 2), round(b, 2)) for one, a, b in zip(sources, psnr, fresh, strict=True)]
-    return found, torch.stack([real, made], 1).flatten(0, 1)
+    chosen, f = _chosen(cached[1], count), config.autoencoder.f
+    rows = cache.source_rows(*cached, lost)
+    sources = shards.read_rows(*original, [rows[at] for at in chosen])
+    found, pictures = [], []
+    for source, stored in zip(sources, shards.read_rows(*cached, chosen), strict=True):
+        latent = torch.from_numpy(cache.decode_sample(stored, ())["latent"][:1].astype(np.float32))
+        size = latent.shape[-1] * f, latent.shape[-2] * f
+        real = images.signed(torch.from_numpy(encode.decoded(source, config, size).pixels[None]))
+        made = model.decode(latent.to(device)).clamp(-1, 1).cpu()
+        anew = model.decode(model.encode(real.to(device))[0]).clamp(-1, 1).cpu()
+        psnr, fresh = (float(metrics.psnr(each, real).clamp(max=BEST)) for each in (made, anew))
+        found.append(Decoded(source.key, round(psnr, 2), round(fresh, 2)))
+        pictures += [real[0], made[0]]
+    return found, torch.stack(_framed(pictures))
 
 
-def _one(place: tuple[Store, Shard]) -> tuple[Store, Sequence[Shard]]:
-    return place[0], [place[1]]
+def _chosen(shard: Shard, count: int) -> list[int]:
+    """Which samples of a latent shard are looked at: the first of every bucket, then the second of every, ..."""
+    firsts = np.cumsum([0, *(size for _, size in shard.buckets)]).tolist()
+    parts = [(first, size) for first, (_, size) in zip(firsts, shard.buckets)] or [(0, shard.samples)]
+    turns = sorted((turn, first + turn) for first, size in parts for turn in range(min(size, count)))
+    return sorted(place for _, place in turns[:count])
+
+
+def _framed(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """(3, H, W) each, in the middle of a white square that is large enough for all."""
+    from torch.nn.functional import pad
+
+    edge = max(side for picture in pictures for side in picture.shape[1:])
+    made = []
+    for picture in pictures:
+        below, right = edge - picture.shape[1], edge - picture.shape[2]
+        made.append(pad(picture, (right // 2, right - right // 2, below // 2, below - below // 2), value=1.0))
+    return made
 
 
 def report(found: Iterable[Decoded], statistics: Mapping[str, Any], lost: Collection[Any]) -> dict[str, Any]:

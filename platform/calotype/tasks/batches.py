@@ -28,8 +28,11 @@ def reading(settings: Settings, decoders: int) -> Reading:
     )
 
 
-def resolve(data: Data, root: str) -> Data:
+def resolve(data: Data, root: str, cached: tuple[Store, Manifest] | None = None) -> Data:
     """`data` with its filter and takedown list turned into a selection of the dataset that its digest names.
+
+    Args:
+        cached: the cache that is read instead of the dataset.
 
     Raises:
         ConfigError: a column, operator or list that is not there, or nothing is left.
@@ -38,7 +41,10 @@ def resolve(data: Data, root: str) -> Data:
         return data
     store = open_store(root).at("datasets", data.name)
     taken_down = filters.takedown_keys(data.takedown) if data.takedown else frozenset[str]()
-    selection = filters.publish(store, load_dataset(store, data.digest), data.filter, taken_down)
+    dataset = load_dataset(store, data.digest)
+    selection = filters.publish(store, dataset, data.filter, taken_down)
+    if cached is not None and "buckets" in cached[1].meta:
+        selection = filters.publish_sorted(store, selection, dataset, cached[1], cached[0])
     return replace(data, selection=selection)
 
 
@@ -58,8 +64,9 @@ def source_of(data: Data, root: str, store: Store, manifest: Manifest) -> Callab
     if data.selection:
         place = open_store(root).at("datasets", data.name)
         dataset = load_dataset(place, data.digest)
-        keep = filters.load(place, data.selection, dataset)
-        keep = filters.of_cache(keep, dataset, manifest) if manifest.format in CACHES else keep
+        own = manifest.format not in CACHES or "buckets" in manifest.meta  # the selection lists these very shards
+        keep = filters.load(place, data.selection, manifest if own else dataset)
+        keep = keep if own else filters.of_cache(keep, dataset, manifest)
     return lambda split: Dataset(store, manifest.split(split), keep=keep)
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, replace
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 from calotype import runs
@@ -30,7 +29,7 @@ from calotype.model import digests
 from calotype.tasks import accept, encode
 from calotype.tasks.accept import Decoded
 from calotype.tasks.autoencoder import published
-from calotype.tasks.encode import Lost
+from calotype.tasks.encode import Latent, Lost
 from calotype.tasks.tally import Made, Spent, Tally
 
 Job = TypeVar("Job", CacheLatents, TrainDenoiser)
@@ -161,15 +160,15 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
             return recognised(source, latents, unit, there)
         start = time.monotonic()
         with encode.exactly(worker.threads) as pool:
-            batches = _batches(enumerate(shards.iterate(source, [unit])), config.encoding.batch)
+            batches = encode.batches(shards.iterate(source, [unit]), config)
             work = partial(encode.batch, model, config=config, device=worker.device)
             parts = list(_in_order(pool, work, batches, ahead=2 * worker.threads))
-        samples = [sample for part in parts for sample in part.samples]
-        lost = [one for part in parts for one in part.lost]
-        if not samples:
+        latent = sorted((one for part in parts for one in part.samples), key=lambda one: (one.bucket, one.row))
+        lost = sorted((one for part in parts for one in part.lost), key=lambda one: one.row)
+        if not latent:
             raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({lost[0].reason})")
         began = time.monotonic()
-        shard, samples = _written(latents, key, samples, unit)
+        shard, samples = _written(latents, key, latent, unit, config)
         now = time.monotonic()
         decode, encoding = sum(part.decode for part in parts), sum(part.encode for part in parts)
         spent = Spent(worker.rank, worker.threads, now - start, decode, encoding, now - began)
@@ -187,11 +186,6 @@ def _check_unchanged(config: CacheLatents) -> None:
                             "again")  # fmt: skip
 
 
-def _batches(samples: Iterator[T], size: int) -> Iterator[list[T]]:
-    while batch := list(islice(samples, size)):
-        yield batch
-
-
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[T], ahead: int) -> Iterator[R]:
     """What `work` makes of each item, in order; at most `ahead` of them before they are asked for."""
     coming: deque[Future[R]] = deque()
@@ -203,12 +197,16 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[
         yield coming.popleft().result()
 
 
-def _written(latents: Store, key: str, samples: list[Sample], unit: Shard) -> tuple[Shard, list[Sample]]:
+def _written(
+    latents: Store, key: str, made: Sequence[Latent], unit: Shard, config: CacheLatents
+) -> tuple[Shard, list[Sample]]:
     """Commit a latent shard; its row and samples.  Of two writers whose machines differ in a bit the first wins."""
+    samples, bucketed = [one.sample for one in made], config.encoding.bucket_step
+    columns = {cache.ROW: [one.row for one in made]} if bucketed else None
+    buckets = [one.bucket for one in made] if bucketed else ()
 
-    def write(made: list[Sample]) -> Shard:
-        split, sha256 = unit.split, unit.sha256
-        return shards.write_shard(latents, key, made, CHUNK_SAMPLES, split=split, source_sha256=sha256)
+    def write(samples: list[Sample]) -> Shard:
+        return shards.write_shard(latents, key, samples, CHUNK_SAMPLES, unit.split, columns, unit.sha256, buckets)
 
     try:
         return write(samples), samples
@@ -246,13 +244,12 @@ def _lost(source: Store, latents: Store, unit: Shard, shard: Shard) -> list[Lost
     """The samples of a source shard that its latent shard lacks, found by their keys."""
     if shard.samples == unit.samples:
         return []
-    kept = deque(sample.key for sample in shards.iterate(latents, [shard]))
+    kept = Counter(sample.key for sample in shards.iterate(latents, [shard]))
     lost = []
     for row, sample in enumerate(shards.iterate(source, [unit])):
-        if kept and sample.key == kept[0]:
-            kept.popleft()
-        else:
+        if not kept[sample.key]:
             lost.append(Lost(row, sample.key, "not recorded"))
+        kept[sample.key] -= 1
     return lost
 
 
@@ -343,6 +340,7 @@ def _manifest(
         "encoding": dict(encoding),
         "dataset": dataset.digest,
         "shape": list(cache.shape_of(encoding)),
+        **({"buckets": cache.shapes_of(encoding)} if "buckets" in encoding else {}),
         **merged,
         "devices": sorted({found.device for found in in_order}),
         "acceptance": report,

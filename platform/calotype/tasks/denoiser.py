@@ -17,6 +17,7 @@ import numpy as np
 from calotype import runs, track
 from calotype.config import TrainDenoiser
 from calotype.data import Dataset, cache
+from calotype.data.shards import Sample
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
@@ -48,11 +49,13 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
         CalotypeError: no cache for this model, nothing to start from, or a setting that cannot be.
     """
     config = resolve_inputs(config)
-    found = cache.load_cache(open_store(config.root), config)
+    root = open_store(config.root)
+    found = cache.load_cache(root, config)
+    latents = root.at("latents", cache.encoding_id(found.meta["encoding"]))
     if not found.split("train"):
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
-    config = replace(config, data=batches.resolve(config.data, config.root))
-    batches.check(config, batches.source_of(config.data, config.root, open_store(config.root), found)("train"))
+    config = replace(config, data=batches.resolve(config.data, config.root, (latents, found)))
+    batches.check(config, batches.source_of(config.data, config.root, latents, found)("train"))
     return resolve_start(config)
 
 
@@ -154,6 +157,7 @@ class Rows:
     def __init__(self, config: TrainDenoiser, manifest: Manifest, empty: Mapping[str, Tensor]) -> None:
         self.config, self.empty = config, dict(empty)
         self.mean, self.std = manifest.meta["channel_mean"], manifest.meta["channel_std"]
+        self.shapes = [tuple(shape) for shape in manifest.meta.get("buckets", [manifest.meta["shape"]])]
         self.drops = {name: condition.drop for name, condition in config.conditions.items()}
 
     def of(
@@ -196,7 +200,7 @@ class HeldOut:
     def __init__(self, config: TrainDenoiser, worker: Worker, dataset: Dataset, rows: Rows, micro: int) -> None:
         self.config, self.worker, self.dataset, self.rows, self.micro = config, worker, dataset, rows, micro
         self.count = min(HELD_OUT, len(dataset))
-        self._prepared: dict[str, Tensor] = {}
+        self._prepared: list[tuple[dict[str, Tensor], int]] = []
 
     def validate(self, engine: Engine, diffusion: Any) -> dict[str, float]:
         """`validation_loss` of the averaged weights, an exact mean; {} without a held-out split.  Collective."""
@@ -207,21 +211,44 @@ class HeldOut:
         if not self.count:
             return {}
         world = min(self.worker.world, self.count)
-        rank = self.worker.rank % world  # with fewer latents than workers some repeat another's, weightless
         own = self.worker.rank < world
-        if not self._prepared:
-            first, last = rank * self.count // world, (rank + 1) * self.count // world
-            mine = list(islice(self.dataset.samples(), first, last))
-            stored = cache.stacked(mine, self.config.conditions)
-            self._prepared = self.rows.of(stored, [VALIDATION + index for index in range(first, last)], drop=False)
+        self._prepared = self._prepared or self._prepare(world)
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         with engine.averaged():
-            for start in range(0, math.ceil(self.count / world), self.micro):
-                part, weight = take(self._prepared, start, self.micro, self.worker.device)
-                total += (losses(engine, diffusion, part).double() * weight).sum() * own
+            for rows, calls in self._prepared:
+                for start in range(0, calls * self.micro, self.micro):
+                    part, weight = take(rows, start, self.micro, self.worker.device)
+                    total += (losses(engine, diffusion, part).double() * weight).sum() * own
         if self.worker.world > 1:
             torch.distributed.all_reduce(total)
         return {"validation_loss": float(total) / self.count}
+
+    def _prepare(self, world: int) -> list[tuple[dict[str, Tensor], int]]:
+        """This worker's rows of every shape, and in how many calls all workers go through them.  Collective."""
+        import torch
+
+        from calotype.train.loop import PRESENT
+
+        rank = self.worker.rank % world  # with fewer latents than workers some repeat another's, weightless
+        first, last = rank * self.count // world, (rank + 1) * self.count // world
+        groups: dict[tuple[int, ...], list[tuple[int, Sample]]] = {}
+        for index, sample in enumerate(islice(self.dataset.samples(), first, last), first):
+            shape = cache.decode_sample(sample, ())["latent"].shape
+            groups.setdefault(shape[1:], []).append((index, sample))
+        sizes = torch.tensor([len(groups.get(shape, ())) for shape in self.rows.shapes], device=self.worker.device)
+        if self.worker.world > 1:
+            torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
+        like = next(iter(groups.values()))[:1]
+        prepared = []
+        for shape, size in zip(self.rows.shapes, sizes.tolist(), strict=True):
+            members = groups.get(shape) or like
+            stored = cache.stacked([sample for _, sample in members], self.config.conditions)
+            rows = self.rows.of(stored, [VALIDATION + index for index, _ in members], drop=False)
+            if shape not in groups:  # another worker has some: this one steps along, weightless
+                zeros = torch.zeros(1, *shape)
+                rows |= {"latent": zeros, "noise": zeros, PRESENT: torch.zeros(1)}
+            prepared.append((rows, math.ceil(size / self.micro)))
+        return prepared
 
 
 class Grid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calotype.config import CacheLatents, Condition
-from calotype.data import cache, images
+from calotype.data import buckets, cache, images
+from calotype.data.buckets import Size
 from calotype.data.shards import Sample
 from calotype.errors import DataError
 
@@ -31,10 +32,28 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """At most `encoding.batch` source samples, each with its row in the shard, that are resized to one size."""
+
+    bucket: int
+    size: Size
+    samples: Sequence[tuple[int, Sample]]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A sample of a latent shard: `row` of its source sample, and its bucket."""
+
+    bucket: int
+    row: int
+    sample: Sample
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A batch: its latent samples, source samples that have none, and seconds that its thread decoded and encoded."""
 
-    samples: Sequence[Sample] = ()
+    samples: Sequence[Latent] = ()
     lost: Sequence[Lost] = ()
     decode: float = 0.0
     encode: float = 0.0
@@ -60,18 +79,40 @@ def exactly(threads: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def batch(model: Any, samples: Sequence[tuple[int, Sample]], config: CacheLatents, device: str) -> Encoded:
-    """At most `encoding.batch` source samples, each with its row -> their latent samples, and those that have none.
+def batches(samples: Iterable[Sample], config: CacheLatents) -> Iterator[Batch]:
+    """The samples of a source shard, in its order within each bucket: a function of them and the encoding alone."""
+    sizes, waiting = cache.sizes_of(config.encoding), dict[int, list[tuple[int, Sample]]]()
+    for row, sample in enumerate(samples):
+        bucket = _bucket(sample, sizes)
+        waiting.setdefault(bucket, []).append((row, sample))
+        if len(waiting[bucket]) == config.encoding.batch:
+            yield Batch(bucket, sizes[bucket], waiting.pop(bucket))
+    for bucket in sorted(waiting):
+        yield Batch(bucket, sizes[bucket], waiting[bucket])
+
+
+def _bucket(sample: Sample, sizes: Sequence[Size]) -> int:
+    """By its header; a sample without a readable one goes anywhere: nothing will be made of it."""
+    if len(sizes) == 1:
+        return 0
+    try:
+        return buckets.nearest(*images.measured(images.image_bytes(sample)), sizes)
+    except DataError:
+        return 0
+
+
+def batch(model: Any, unit: Batch, config: CacheLatents, device: str) -> Encoded:
+    """The latent samples of a batch, and its source samples that have none.
 
     Raises:
         DataError: one of them has none, and `data.error_budget` is 0; or the autoencoder's weights are broken.
     """
     began = time.monotonic()
-    sound: list[tuple[Sample, images.Picture, dict[str, Any]]] = []
+    sound: list[tuple[int, Sample, images.Picture, dict[str, Any]]] = []
     lost: list[Lost] = []
-    for row, sample in samples:
+    for row, sample in unit.samples:
         try:
-            sound.append((sample, decoded(sample, config), _about(sample, config.conditions)))
+            sound.append((row, sample, decoded(sample, config, unit.size), _about(sample, config.conditions)))
         except DataError as error:
             if not config.data.error_budget:
                 raise
@@ -79,17 +120,19 @@ def batch(model: Any, samples: Sequence[tuple[int, Sample]], config: CacheLatent
     decoded_at = time.monotonic()
     if not sound:
         return Encoded((), lost, decoded_at - began)
-    good, pictures, abouts = zip(*sound, strict=True)
+    rows, good, pictures, abouts = zip(*sound, strict=True)
     for picture, about in zip(pictures, abouts, strict=True):
         about.setdefault("width", picture.width)
         about.setdefault("height", picture.height)
+        if config.encoding.bucket_step:
+            about["crop"] = [round(edge) for edge in images.cropped(picture.width, picture.height, unit.size)]
     made = stored(good, abouts, encoded(model, pictures, config, device), config, device)
-    return Encoded(made, lost, decoded_at - began, time.monotonic() - decoded_at)
+    latents = [Latent(unit.bucket, row, sample) for row, sample in zip(rows, made, strict=True)]
+    return Encoded(latents, lost, decoded_at - began, time.monotonic() - decoded_at)
 
 
-def decoded(sample: Sample, config: CacheLatents) -> images.Picture:
-    size, limit = config.encoding.resolution, config.data.max_pixels
-    return images.decode(images.image_bytes(sample), size, f"sample {sample.key}", limit)
+def decoded(sample: Sample, config: CacheLatents, size: Size) -> images.Picture:
+    return images.decode(images.image_bytes(sample), size, f"sample {sample.key}", config.data.max_pixels)
 
 
 def encoded(

@@ -86,8 +86,8 @@ def _timed(config: CacheLatents, worker: Worker, samples: Sequence[Sample]) -> t
     from calotype.model.autoencoder import load_autoencoder
 
     model = load_autoencoder(config.autoencoder).to(worker.device).eval()
-    size = config.encoding.batch
-    batches = [list(enumerate(samples[at : at + size])) for at in range(0, len(samples), size)]
+    batches = list(encode.batches(samples, config))
+    batches = [one for one in batches if len(one.samples) == config.encoding.batch] or batches  # tails are rare
     work = partial(encode.batch, model, config=config, device=worker.device)
     with encode.exactly(worker.threads) as pool, tempfile.TemporaryDirectory() as folder:
         warm = min(worker.threads, len(batches) - 1)
@@ -95,7 +95,7 @@ def _timed(config: CacheLatents, worker: Worker, samples: Sequence[Sample]) -> t
         began = time.monotonic()
         parts = list(pool.map(work, batches[warm:]))
         encoded = time.monotonic() - began
-        made = [sample for part in parts for sample in part.samples]
+        made = [one.sample for part in parts for one in part.samples]
         if not made:
             raise DataError(f"no sample of dataset {config.data.name} can be encoded: {parts[0].lost[0].reason}")
         row = shards.write_shard(open_store(folder), "timed.tar", made, CHUNK_SAMPLES)
