@@ -18,6 +18,7 @@ import torch
 import webdataset
 from calotype import config as C
 from calotype.checks import check
+from calotype.compose import as_data
 from calotype.data import Dataset, Sample, Stream, cache, filters, shards
 from calotype.data.buckets import nearest
 from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset
@@ -34,6 +35,7 @@ ENCODING = C.Encoding(resolution=16, bucket_step=4, bucket_aspect=3.0, batch=4)
 SHAPES = [(30, 20), (20, 30), (24, 24), (60, 16), (16, 60), (33, 21), (21, 33), (64, 8), (1, 1), (17, 16)]
 MODES = ("RGB", "L", "RGBA", "1", "P", "CMYK", "LA", "I;16", "YCbCr")
 SOUND, EACH = 40, 12
+SPAWNED = Path(__file__).with_name("spawned.py")
 
 
 def file_of(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -263,14 +265,34 @@ def test_a_batch_holds_one_shape_and_taken_down_samples_are_in_none(
     assert set(seen) == {f"s{number:03d}" for number in range(SOUND) if number not in (3, 17)}
 
 
-def test_a_denoiser_trains_and_is_validated_on_all_shapes(tmp_path: Path, weights: str) -> None:
+def test_a_denoiser_trains_and_is_validated_on_all_shapes_at_any_world_size(
+    tmp_path: Path, weights: str, started: Any
+) -> None:
     folder(tmp_path, held_out=True)
     config = config_in(tmp_path, weights)
     run(config)
     wanted = denoiser.resolve(trainer(config))
-    figures = denoiser.train(wanted, Worker())
-    assert figures["images"] == 64
-    assert 0 < figures["validation_loss"] < 10
+    held_out = manifest_of(config).split("held_out")
+    assert len(held_out[0].buckets) > 2  # so that one of three workers lacks a shape
+    points = {}
+    for world in (1, 3):
+        record = {"job": "train_denoiser", "identity": f"w{world}", "name": "t", "root": config.root,
+                  "artifact_root": str(tmp_path / f"w{world}")}  # fmt: skip
+        plan = tmp_path / f"plan{world}.json"
+        out = tmp_path / f"out{world}.json"
+        job = {"config": as_data(wanted), "record": record, "out": str(out)}
+        plan.write_text(json.dumps({"world": world, "store": str(tmp_path / f"store{world}"), "jobs": [job]}))
+        said = [tmp_path / f"said{world}-{rank}" for rank in range(world)]
+        workers = [started(SPAWNED, str(plan), str(rank), said=file) for rank, file in enumerate(said)]
+        for worker in workers:
+            worker.join(300)
+        assert [worker.exitcode for worker in workers] == [0] * world, "\n".join(file.read_text() for file in said)
+        points[world] = [(images, {name: found[name] for name in ("loss", "validation_loss") if name in found})
+                         for images, found in json.loads(out.read_text())["points"]]  # fmt: skip
+    assert [images for images, _ in points[1]] == [images for images, _ in points[3]]
+    assert sum("validation_loss" in found for _, found in points[1]) == 2
+    for (_, one), (_, three) in zip(points[1], points[3], strict=True):
+        assert three == pytest.approx(one, rel=1e-4)
     odd = replace(wanted, encoding=replace(ENCODING, bucket_step=2))
     with pytest.raises(ConfigError, match=r"bucket_step=2 makes latents that cannot be halved 1 times"):
         check(odd)
