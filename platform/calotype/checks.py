@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "autoencoder.kind": ("kl", "pretrained", "identity"),
     "encoding.dtype": ("float16", "float32"),
     "encoding.posterior": ("gaussian", "deterministic"),
+    "encoding.precision": ("fp32", "bf16"),
     "conditions.*.kind": ("cross", "class"),
     "conditions.*.source": ("text", "label"),
     "conditions.*.mode": ("tokens", "full"),

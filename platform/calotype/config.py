@@ -78,6 +78,8 @@ class Encoding:
     dtype: str = setting("float16", "stored latents: float16 | float32 (numpy has no bfloat16)")
     posterior: str = setting("gaussian", "gaussian (mean and std are stored) | deterministic (mean only)")
     batch: int = setting(64, "images per encoder call: fixed, tail padded, so that bytes never depend on workers")
+    precision: str = setting("fp32", "fp32 | bf16: in which the encoder computes; what is stored is `dtype`")
+    compile: bool = setting(False, "torch.compile the encoder: faster on a GPU, after a minute")
 
 
 @dataclass(frozen=True)

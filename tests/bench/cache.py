@@ -33,6 +33,8 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT), str(ROOT / "platform")]
 
+import cache_gpu  # noqa: E402
+
 SIZE, BATCH, WORKERS = 128, 16, 2
 SHARD = 96  # images: whole batches, for the last one of a shard is padded
 CHANNELS = {False: (16, 32), True: (4, 4)}  # of the encoder, by --cheap
@@ -176,7 +178,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2400)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cheap", action="store_true", help="an encoder of some 20 ms an image")
+    gpu = parser.add_argument_group("on one GPU (cache_gpu.py), without Ray and MLflow")
+    gpu.add_argument("--gpu", action="store_true", help="with Stable Diffusion's architecture, instead of all above")
+    gpu.add_argument("--edges", type=int, nargs="+", default=[256, 512], help="in pixels")
+    gpu.add_argument("--device", default="cuda:0")
+    gpu.add_argument("--batch", type=int, default=32, help="images of one encoder call")
     options = parser.parse_args()
+    if options.gpu:
+        cache_gpu.main(options.images, options.edges, options.device, options.batch)
+        return
     from calotype.data.manifest import load_dataset
     from calotype.data.store import open_store
     from calotype.environment import load_services

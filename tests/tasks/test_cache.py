@@ -149,6 +149,30 @@ def test_a_restart_encodes_only_what_is_missing(config: CacheLatents, tmp_path: 
     assert "not recorded" in manifest.meta["devices"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16"}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    ids=["bf16", "compiled"],
+)
+def test_how_the_encoder_computes_is_part_of_the_encoding(
+    config: CacheLatents, weights: str, changes: dict[str, Any]
+) -> None:
+    run(config)
+    other = replace(config, encoding=replace(config.encoding, **changes))
+    assert cache.find_cache(open_store(config.root), other) is None
+    run(other)
+    plain, made = (
+        np.stack([cache.decode_sample(one, ())["latent"] for one in shards.iterate(
+            latents_of(each), cache.load_cache(open_store(config.root), each).shards)])
+        for each in (config, other)
+    )  # fmt: skip
+    assert made.dtype == np.float16
+    assert not np.array_equal(made, plain)
+    assert np.allclose(made, plain, atol=0.05)
+    names = {name for name, _, _ in cache.differing(cache.encoding_of(config), cache.encoding_of(other))}
+    assert names == {f"encoding.{name}" for name in changes}
+
+
 def test_two_racing_writers_leave_one_shard(config: CacheLatents) -> None:
     unit = task.plan(config)[0]
     both = threading.Barrier(2)

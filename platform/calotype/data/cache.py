@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import calotype.data.buckets as buckets
 from calotype.compose import digest_of
 from calotype.config import CacheLatents, Condition, Encoding, TrainDenoiser
-from calotype.data import buckets
 from calotype.data.buckets import Size
 from calotype.data.images import PREPROCESSING
 from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset, sidecar_key
@@ -68,7 +68,14 @@ def encoding_of(config: CacheLatents | TrainDenoiser) -> dict[str, Any]:
         "posterior": "deterministic" if pixels else encoding.posterior,
         "batch": encoding.batch,
         "conditions": {name: _stored_form(name, condition) for name, condition in sorted(config.conditions.items())},
-    } | ({"buckets": [list(size) for size in sizes_of(encoding)]} if encoding.bucket_step else {})
+    } | _if_chosen(encoding)
+
+
+def _if_chosen(encoding: Encoding) -> dict[str, Any]:
+    """Fields that came later, where they are not what was done before: so that E stays what it was."""
+    made: dict[str, Any] = {"buckets": [list(size) for size in sizes_of(encoding)]} if encoding.bucket_step else {}
+    made |= {"precision": encoding.precision} if encoding.precision != "fp32" else {}
+    return made | ({"compile": True} if encoding.compile else {})
 
 
 def sizes_of(encoding: Encoding) -> list[Size]:
@@ -198,7 +205,15 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[st
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of an encoding, by the names of the settings that decide them."""
-    names = {"resolution", "buckets", "dtype", "posterior", "batch"}  # what the user calls encoding.*
+    names = {
+        "resolution",
+        "buckets",
+        "dtype",
+        "posterior",
+        "batch",
+        "precision",
+        "compile",
+    }  # what the user calls encoding.*
     made: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{key}"

@@ -33,6 +33,23 @@ class Autoencoder(nn.Module):
         self.f = f
         self.channels = channels
         self.model: Any = model
+        self._compute = torch.float32
+
+    def for_encoding(self, encoding: config.Encoding, device: str) -> Autoencoder:
+        """Itself, there, with an encoder that computes as the encoding says; the decoder stays in float32."""
+        self.to(device).eval()
+        if self.model is None:
+            return self
+        if device.startswith("cuda"):
+            self.model.to(memory_format=torch.channels_last)
+        if encoding.precision == "bf16":
+            self._compute = torch.bfloat16
+            for part in (self.model.encoder, self.model.quant_conv):
+                if part is not None:
+                    part.to(torch.bfloat16)
+        if encoding.compile:
+            self.model.encoder = torch.compile(self.model.encoder, dynamic=False)
+        return self
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode, draw, decode: what training needs, in one call that DDP and ZeRO can hook.
@@ -66,7 +83,7 @@ class Autoencoder(nn.Module):
             return images.float(), None
         means, stds = [], []
         for part, real in _calls(images, batch):
-            mean, logvar = self._posterior(part)
+            mean, logvar = self._posterior(part.to(self._compute))
             means.append(mean[:real])
             stds.append(torch.exp(0.5 * logvar[:real]))
         return torch.cat(means), torch.cat(stds)

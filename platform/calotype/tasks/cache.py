@@ -132,7 +132,7 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
 
     source = _dataset_store(config)
     latents = cache.latents_of(open_store(config.root), cache.encoding_of(config))
-    model = load_autoencoder(config.autoencoder).to(worker.device).eval()
+    model = load_autoencoder(config.autoencoder).for_encoding(config.encoding, worker.device)
     _check_unchanged(config)
     for condition in config.conditions.values():
         if condition.source == "text":

@@ -85,7 +85,7 @@ def _timed(config: CacheLatents, worker: Worker, samples: Sequence[Sample]) -> t
     """(images per second, share of that time which encoding while training would take too, bytes per stored sample)."""
     from calotype.model.autoencoder import load_autoencoder
 
-    model = load_autoencoder(config.autoencoder).to(worker.device).eval()
+    model = load_autoencoder(config.autoencoder).for_encoding(config.encoding, worker.device)
     batches = list(encode.batches(samples, config))
     batches = [one for one in batches if len(one.samples) == config.encoding.batch] or batches  # tails are rare
     work = partial(encode.batch, model, config=config, device=worker.device)
