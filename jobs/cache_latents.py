@@ -24,12 +24,13 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
     began = time.monotonic()
     units, made, tally = cache.plan(config), [], Tally()
     with Progress(len(units), "shards", "encode") as progress:
-        for _, result in spread.map(cache.make, config, units):
+        for _, result in spread.map(cache.make_leased, config, units, tally.in_hand):
             made.append(result)
             tally.add(result)
             if tally.lost > config.data.error_budget:
                 cache.within_budget(made, config)  # refuses, now and not after days
-            progress.update(len(made), **{"images/s": tally.speeds().get("images_per_second", 0.0)})
+            speed = tally.speeds().get("images_per_second", 0.0)
+            progress.update(len(made), leased=tally.leased, **{"images/s": speed})
             if tally.due(len(units)):
                 tracker.log(tally.figures(len(units)), tally.images)
             if result.grid is not None:

@@ -17,7 +17,8 @@ def home() -> Path:
 class Worker:
     """One process of a spread task.
 
-    `stop()` turns true when the job is cancelled or its machine is about to go: save and return.
+    `stop()` turns true when the job is cancelled or its machine is about to go: save and return.  `group` is random,
+    and the same for the workers between which units are dealt, each to one living worker at a time.
     """
 
     rank: int = 0
@@ -26,6 +27,21 @@ class Worker:
     device: str = "cpu"
     threads: int = 1
     stop: Callable[[], bool] = lambda: False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a worker gives back in place of a unit that another job has in hand: the unit is dealt again, later.
+
+    Attributes:
+        sign: of the one who has it: it changes as long as that one lives.
+        patience: seconds without a change after which that one is dead: the unit is then dealt with the sign, as
+            `work(unit, sign)`.
+    """
+
+    sign: bytes
+    patience: float
 
 
 # Service -> every variable that its clients read; the first names where it is.

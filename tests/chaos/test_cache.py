@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from calotype import runs
 from calotype.data.manifest import Manifest
 from calotype.data.store import Store, open_store
 
@@ -94,6 +95,11 @@ def test_killed_workers_a_lost_store_and_a_second_job_leave_the_bytes_of_a_calm_
     ended(second)
 
     assert latents(stormy) == latents(calm)
+    both = [found.result() for found in runs.every(stormy) if found.job == "cache_latents"]
+    assert len(both) == 2
+    assert all(found["shards_encoded"] > 0 for found in both), "one job waited for the other"
+    assert sum(found["shards_encoded"] for found in both) <= both[0]["shards"] + kills, "they did not share the work"
+    assert not [entry.key for entry in open_store(stormy).at("latents").list() if entry.key.endswith(".lease")]
     one, other = manifest(calm), manifest(stormy)
     assert one.shards == other.shards
     assert {**one.meta, "devices": 0, "acceptance": 0} == {**other.meta, "devices": 0, "acceptance": 0}

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import spread
+from calotype.cluster import spread, units
 from calotype.config import Cluster, Data, Prepare
-from calotype.environment import Worker
+from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.runs import Record
 
@@ -66,7 +66,7 @@ def test_a_killed_actor_loses_no_unit(cluster: None, tmp_path: Path) -> None:
     made = dict(spread.map(squares, config(str(tmp_path), workers=2), range(8)))
     assert {unit: square for unit, (square, _, _) in made.items()} == {unit: unit * unit for unit in range(8)}
     assert (tmp_path / "killed").exists()
-    assert {rank for _, rank, _ in made.values()} == {0, 1}
+    assert {rank for _, rank, _ in made.values()} <= {0, 1}
     assert {threads for _, _, threads in made.values()} == {1}
 
 
@@ -85,6 +85,103 @@ def test_a_unit_that_kills_every_worker_is_named(
 
 def test_no_units_no_workers(cluster: None) -> None:
     assert list(spread.map(squares, config(workers=2), [])) == []
+
+
+def paced(config: Prepare, worker: Worker) -> Callable[[int], int]:
+    def work(unit: int) -> int:
+        time.sleep(0.4)
+        return worker.rank
+
+    return work
+
+
+def test_those_that_have_room_make_all_and_the_others_join_when_there_is_some(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    spread._connect(config().cluster)
+    monkeypatch.setattr(units, "PLACED", 0.5)
+    total = int(ray.cluster_resources()["CPU"])
+    each = total // 2
+    full = [ray.remote(threading.Event).options(num_cpus=share).remote() for share in (each, total - each)]
+    ray.get([one.is_set.remote() for one in full])
+    busy: list[int] = []
+    made = spread.map(paced, config(workers=2, cpus=each), range(12), busy.append)
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == units.__name__]
+
+    def make_room() -> None:
+        until = time.monotonic() + 60
+        while not said() and time.monotonic() < until:
+            time.sleep(0.05)
+        ray.kill(full[0])
+
+    thread = threading.Thread(target=make_room)
+    thread.start()
+    first = [next(made) for _ in range(4)]
+    thread.join()
+    assert [unit for unit, _ in first] == [0, 1, 2, 3], "a unit waited for a worker that had no room"
+    assert len({rank for _, rank in first}) == 1
+    ray.kill(full[1])
+    every = dict([*first, *made])
+    assert set(every) == set(range(12))
+    assert set(every.values()) == {0, 1}
+    assert (busy[0], max(busy), busy[-1]) == (0, 2, 0)
+    (warning,) = said()
+    assert f"one of cluster.workers=2 with cluster.cpus={each} and cluster.gpus=0" in warning
+
+
+class Fatal:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (1,)
+
+
+def test_workers_that_die_before_they_have_a_unit_end_the_job(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "RETRIES", 1)
+    monkeypatch.setattr(units, "REST", 0.1)
+    fatal = config(Fatal())  # type: ignore[arg-type]
+    with pytest.raises(CalotypeError, match="no worker starts; 2 died before they had a unit"):
+        list(spread.map(paced, fatal, range(3)))
+
+
+def test_a_worker_that_can_never_have_room_is_refused(cluster: None) -> None:
+    with pytest.raises(ConfigError, match=r"one worker with cluster\.cpus=1000 wants 1000 CPUs"):
+        list(spread.map(paced, config(cpus=1000), range(3)))
+
+
+def shared(config: Prepare, worker: Worker) -> Callable[..., str | Held]:
+    """Another job has unit 1, and dies; unit 2 it makes soon."""
+    looks: dict[int, int] = {}
+
+    def work(unit: int, sign: bytes = b"") -> str | Held:
+        looks[unit] = looks.get(unit, 0) + 1
+        if unit == 1 and sign != b"last":
+            return Held(b"first" if looks[unit] == 1 else b"last", patience=0.3)
+        if unit == 2 and looks[unit] < 3:
+            return Held(b"alive %d" % looks[unit], patience=60)
+        assert worker.group
+        return f"{looks[unit]} {sign.decode()}".strip()
+
+    return work
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_what_another_job_has_comes_last_and_again_until_that_one_is_dead(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(units, "AGAIN", 0.05)
+    began = time.monotonic()
+    made = list(spread.map(shared, config(kind=kind), range(4)))
+    assert [unit for unit, _ in made] == [0, 3, 2, 1]
+    assert made[1:3] == [(3, "1"), (2, "3")]
+    looks, sign = made[3][1].split()
+    assert sign == "last"
+    assert int(looks) >= 5, "looks that are far apart show nothing"
+    assert time.monotonic() - began > 0.3
 
 
 # ------------------------------------------------------------------------------------------------ train

@@ -17,7 +17,7 @@ import pytest
 from calotype.data import Dataset, Reading, Sample, Stream, get
 from calotype.data.manifest import CACHE, Manifest, sidecar_key
 from calotype.data.npy import to_npy
-from calotype.data.shards import write_shard
+from calotype.data.shards import iterate, write_shard
 from calotype.data.store import open_store
 from calotype.errors import CalotypeError, DataError, Unreachable
 
@@ -101,6 +101,17 @@ def test_repeated_reads_are_counted(served: tuple[Dataset, list[str]], proxy: Pr
         for _ in islice(stream, 3 * EPOCH):
             pass
         assert 0 < stream.retries <= proxy.counts().faults["slow_down"]
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "short"])
+def test_repeated_reads_of_whole_objects_are_counted(
+    served: tuple[Dataset, list[str]], proxy: Proxy, kind: str
+) -> None:
+    dataset, _ = served
+    before, faults = get.counts.retries, proxy.counts().faults[kind]
+    proxy.faults(Faults(seed=2, only=r"\.tar$", **{kind: 0.2}))  # type: ignore[arg-type]
+    assert len(list(iterate(dataset.store, dataset.shards))) == SHARDS * SAMPLES
+    assert get.counts.retries - before == proxy.counts().faults[kind] - faults > 0
 
 
 @pytest.mark.parametrize("kind", ["refuse", "hang"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from calotype.config import Autoencoder, CacheLatents, Data, Encoding, TrainDenoiser
-from calotype.data import cache, shards, statistics
+from calotype.cluster import spread, units
+from calotype.config import Autoencoder, CacheLatents, Cluster, Data, Encoding, TrainDenoiser
+from calotype.data import cache, lease, shards, statistics
 from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset, sidecar_key
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
@@ -191,6 +193,61 @@ def test_two_racing_writers_leave_one_shard(config: CacheLatents) -> None:
     assert made[0].shard == made[1].shard
     assert made[0].statistics == made[1].statistics
     assert [entry.key for entry in latents_of(config).list() if entry.key.endswith(".tar")] == [made[0].shard.key]
+
+
+def mapped(config: CacheLatents) -> list[task.Made]:
+    """As the job does, here."""
+    config = replace(config, cluster=Cluster(kind="local"))
+    return [made for _, made in spread.map(task.make_leased, config, task.plan(config))]
+
+
+def test_two_jobs_on_one_cache_share_its_shards(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "AGAIN", 0.1)
+    dataset(tmp_path, {"train": (9,) * 8})
+    config, both = replace(config_of(tmp_path, weights), cluster=Cluster(kind="local")), threading.Barrier(2)
+    made: list[list[task.Made]] = []
+
+    def make(config: CacheLatents, worker: Worker) -> Any:
+        work = task.make_leased(config, worker)
+        both.wait()
+        return work
+
+    def job() -> None:
+        made.append([found for _, found in spread.map(make, config, task.plan(config))])
+
+    threads = [threading.Thread(target=job) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    encoded = [sum(found.spent is not None for found in each) for each in made]
+    assert sum(encoded) == 8
+    assert min(encoded) >= 1
+    assert [{found.shard for found in each} for each in made] == [{found.shard for found in made[0]}] * 2
+    assert [entry.key for entry in latents_of(config).list("") if entry.key.endswith(".lease")] == []
+
+
+def test_the_shard_of_a_job_that_died_is_made_last(config: CacheLatents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "AGAIN", 0.05)
+    monkeypatch.setattr(lease, "STALE", 0.6)
+    store, (first, second, third) = latents_of(config), task.plan(config)
+    for unit, data in ((first, b'{"beat": 1, "owner": "another/0"}'), (second, b"no lease")):
+        store.write(lease.lease_key(cache.latent_key(unit)), data)
+    began = time.monotonic()
+    made = mapped(config)
+    assert time.monotonic() - began > 0.6
+    assert [found.source for found in made] == [third, first, second]
+    assert all(found.spent is not None for found in made)
+    assert [entry.key for entry in store.list() if entry.key.endswith(".lease")] == []
+
+
+def test_a_shard_that_is_there_waits_for_no_lease(config: CacheLatents) -> None:
+    unit = task.plan(config)[0]
+    task.make(config, Worker())(unit)
+    latents_of(config).write(lease.lease_key(cache.latent_key(unit)), b"left by one who died after its commit")
+    found = task.make_leased(config, Worker(group="another"))(unit)
+    assert isinstance(found, task.Made)
+    assert found.spent is None
 
 
 def test_a_writer_whose_machine_differs_in_a_bit_takes_over_the_first_tar(config: CacheLatents) -> None:

@@ -12,7 +12,7 @@ SHARD = Shard("x.tar", 1000, 10, 5, "", "")
 
 def made(worker: int, images: int = 10, lost: int = 0) -> Made:
     spent = Spent(worker, 2, whole=2.0, decode=0.8, encode=2.4, write=0.5) if images else None
-    return Made(SHARD, SHARD, {}, "", [Lost(0, "k", "why")] * lost, (), images, spent)
+    return Made(SHARD, SHARD, {}, "", [Lost(0, "k", "why")] * lost, (), images, spent, retries=2)
 
 
 def test_speeds_add_up_over_workers_and_shares_are_of_their_time() -> None:
@@ -22,7 +22,9 @@ def test_speeds_add_up_over_workers_and_shares_are_of_their_time() -> None:
     assert (figures["images_per_second_worker_0"], figures["images_per_second_worker_1"]) == (5.0, 5.0)
     assert (figures["encoder_busy_percent"], figures["decode_percent"], figures["write_percent"]) == (60.0, 20.0, 25.0)
     assert (figures["shards_done"], figures["shards_left"], figures["bytes_written"]) == (4, 2, 3000)
-    assert figures["quarantined"] == 2
+    assert (figures["quarantined"], figures["read_retries"], figures["shards_leased"]) == (2, 8, 0)
+    tally.in_hand(2)
+    assert tally.figures(units=6)["shards_leased"] == 2
 
 
 def test_where_nothing_was_encoded_there_is_no_speed() -> None:

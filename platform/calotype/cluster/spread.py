@@ -7,6 +7,7 @@ What ends how:
   - So is what can only be a bug (TypeError and its like), and any exception of a unit.
   - A worker that dies (killed, out of memory, its machine gone) is replaced: its unit is handed out again, or the ranks
     start again and the body goes on from its own checkpoint.  RETRIES times.
+  - `map` goes on with the workers that there are: those for which there is no room join when there is.
   - SIGTERM (`calotype cancel`, a preempted machine) and the first Ctrl-C ask a training to save and return, by
     `Worker.stop`; `map` and `one` end at once, for every unit is committed whole.
 """
@@ -21,14 +22,16 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from calotype.cluster import jobs
+from calotype.cluster.units import Actors, Waiting
 from calotype.cluster.workers import POLL, Body, Units, get, put, run_one, run_rank, unpacked, worker_here
 from calotype.config import Cluster, Job
-from calotype.environment import Worker
+from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.runs import Record
 
@@ -50,58 +53,78 @@ TRAIN_ENVIRONMENT = {
 
 
 def map(
-    make: Callable[[Any, Worker], Callable[[Unit], Made]], config: Job, units: Sequence[Unit]
+    make: Callable[[Any, Worker], Callable[..., Made | Held]],
+    config: Job,
+    units: Sequence[Unit],
+    told: Callable[[int], None] = lambda busy: None,
 ) -> Iterator[tuple[Unit, Made]]:
-    """Apply `make(config, worker)` to every unit, on cluster.workers actors; results as they come.
+    """Apply `make(config, worker)` to every unit, on up to cluster.workers actors; results as they come.
 
-    Units are handed out one at a time, so a slow one holds up nobody.
+    Units are handed out one at a time, so a slow one holds up nobody, and to actors that have started, so nobody waits
+    for one that has no room yet.  One that another job has in hand (`Held`) is handed out after all others.
+
+    Args:
+        told: is told how many units are in workers' hands.
 
     Raises:
         CalotypeError: as a unit raised it; or a unit whose worker died RETRIES times, named.
     """
+    waiting, group = Waiting(units), secrets.token_hex(8)
     if config.cluster.kind == "local":
-        work = make(config, worker_here(config.cluster))
-        for unit in units:
-            yield unit, work(unit)
+        yield from _map_here(make(config, replace(worker_here(config.cluster), group=group)), units, waiting, told)
         return
     import ray
 
     _connect(config.cluster)
-    waiting = deque(range(len(units)))
-    deaths = [0] * len(units)
+    _check_room(config.cluster, 1)
     count = min(config.cluster.workers, len(units))
-    actors: dict[Any, tuple[int, Any, int]] = {}  # future -> (rank, actor, index of its unit)
+    actor = ray.remote(Units).options(**_resources(config.cluster))
+    actors = Actors(lambda rank: actor.remote(make, config, rank, count, group), count, config.cluster, RETRIES)
 
-    def hand_out(rank: int, actor: Any) -> None:
-        if waiting:
-            index = waiting.popleft()
-            actors[actor.work.remote(units[index])] = (rank, actor, index)
+    def hand_out() -> None:
+        actors.ask(min(count, waiting.undone))
+        while actors.idle and (unit := waiting.next()) is not None:
+            actors.hand(*unit)
+        told(len(actors.busy))
 
     with _ended_by_signal():
         try:
-            for rank in range(count):
-                hand_out(rank, _actor(make, config, rank, count))
-            while actors:
-                ready, _ = ray.wait(list(actors), timeout=POLL)
-                for future in ready:
-                    rank, actor, index = actors.pop(future)
-                    try:
-                        made = ray.get(future)
-                    except ray.exceptions.RayTaskError as error:
-                        raise _raised(error) from None
-                    except ray.exceptions.RayError as error:
-                        deaths[index] += 1
-                        if deaths[index] > RETRIES:
-                            what = f"the worker died {deaths[index]} times on {repr(units[index])[:300]}"
-                            raise CalotypeError(f"{what}: {_first_line(error)}") from None
-                        waiting.appendleft(index)
-                        hand_out(rank, _actor(make, config, rank, count))
-                    else:
-                        hand_out(rank, actor)
-                        yield units[index], made
+            while waiting.undone:
+                hand_out()
+                if (ended := actors.wait(min(POLL, waiting.due()) if actors.idle else POLL)) is None:
+                    continue
+                index, made, why = ended
+                if why:
+                    if (deaths := waiting.died(index)) > RETRIES:
+                        raise CalotypeError(f"the worker died {deaths} times on {repr(units[index])[:300]}: {why}")
+                elif isinstance(made, Held):
+                    waiting.held(index, made)
+                else:
+                    waiting.done(index)
+                    hand_out()
+                    yield units[index], made
+        except ray.exceptions.RayTaskError as error:
+            raise _raised(error) from None
         finally:
-            for _, actor, _ in actors.values():
-                ray.kill(actor)
+            actors.kill()
+
+
+def _map_here(
+    work: Callable[..., Made | Held], units: Sequence[Unit], waiting: Waiting[Unit], told: Callable[[int], None]
+) -> Iterator[tuple[Unit, Made]]:
+    while waiting.undone:
+        if (following := waiting.next()) is None:
+            time.sleep(waiting.due())
+            continue
+        index, unit = following
+        told(1)
+        made = work(*unit)
+        told(0)
+        if isinstance(made, Held):
+            waiting.held(index, made)
+        else:
+            waiting.done(index)
+            yield units[index], made
 
 
 def one(body: Body, config: Job, record: Record) -> dict[str, Any]:
@@ -111,6 +134,7 @@ def one(body: Body, config: Job, record: Record) -> dict[str, Any]:
     import ray
 
     _connect(config.cluster)
+    _check_room(config.cluster, 1)
     with _ended_by_signal():
         run = ray.remote(run_one).options(**_resources(config.cluster), max_retries=RETRIES, retry_exceptions=False)
         future = run.remote(body, config, record)
@@ -133,7 +157,7 @@ def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
             return body(config, worker_here(config.cluster, asked.is_set), record)
 
     _connect(config.cluster)
-    _check_room(config.cluster)
+    _check_room(config.cluster, config.cluster.workers)
     key = secrets.token_hex(8)
     done: dict[str, Any] = {}
     payload = {"body": body, "config": config, "record": record, "key": key}
@@ -237,29 +261,24 @@ def _connect(cluster: Cluster) -> None:
         raise CalotypeError(f"no Ray cluster at {address!r} ({_first_line(error)}): run `calotype up`") from None
 
 
-def _check_room(cluster: Cluster) -> None:
+def _check_room(cluster: Cluster, workers: int) -> None:
     """The embedded cluster does not grow: refuse what would wait for ever."""
     import ray
 
     if "CALOTYPE_RAY_GCS" not in os.environ:
         return
     total = ray.cluster_resources()
+    many = f"cluster.workers={workers} with " if workers > 1 else "one worker with "
     for name, each, setting in (("CPU", cluster.cpus, "cpus"), ("GPU", cluster.gpus, "gpus")):
-        if cluster.workers * each > total.get(name, 0):
+        if workers * each > total.get(name, 0):
             raise ConfigError(
-                f"cluster.workers={cluster.workers} with cluster.{setting}={each} want {cluster.workers * each:g} "
-                f"{name}s, and this machine has {total.get(name, 0):g}: lower one of them"
+                f"{many}cluster.{setting}={each} wants {workers * each:g} {name}s, and this machine has "
+                f"{total.get(name, 0):g}: lower {'one of them' if workers > 1 else 'it'}"
             )
 
 
 def _resources(cluster: Cluster) -> dict[str, float]:
     return {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus}
-
-
-def _actor(make: Any, config: Job, rank: int, world: int) -> Any:
-    import ray
-
-    return ray.remote(Units).options(**_resources(config.cluster)).remote(make, config, rank, world)
 
 
 def _raised(error: Any) -> Exception:

@@ -29,17 +29,20 @@ BUGS = (TypeError, ValueError, LookupError, AttributeError, NameError, ImportErr
 class Units:
     """An actor that makes units, one at a time."""
 
-    def __init__(self, make: Any, config: Job, rank: int, world: int) -> None:
-        self._start = (make, config, rank, world)
+    def __init__(self, make: Any, config: Job, rank: int, world: int, group: str) -> None:
+        self._start = (make, config, rank, world, group)
         self._work: Any = None
 
-    def work(self, unit: Any) -> Any:
+    def ready(self) -> None:
+        """Answers once there is room for the actor and it has started."""
+
+    def work(self, *unit: Any) -> Any:
         if self._work is None:  # here and not in the constructor: what `make` raises comes through as it is
-            make, config, rank, world = self._start
+            make, config, rank, world, group = self._start
             _use_threads(config.cluster.cpus)
             device = "cuda:0" if config.cluster.gpus else "cpu"
-            self._work = make(config, Worker(rank, world, 0, device, config.cluster.cpus))
-        return self._work(unit)
+            self._work = make(config, Worker(rank, world, 0, device, config.cluster.cpus, group=group))
+        return self._work(*unit)
 
 
 def run_one(body: Body, config: Job, record: Record) -> dict[str, Any]:

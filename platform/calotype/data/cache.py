@@ -6,6 +6,7 @@
               <sha>.columns.parquet    with aspect buckets: `key`, and `row` of the sample in the source shard
               <sha>.sidecar.json       written last: the shard is finished
               <sha>.made.json          a hint: statistics of the shard, samples left out, the machine that made it
+              <sha>.lease              a hint: a worker has the shard in hand (lease.py)
     caches/<cache id>/manifest.json    E and one dataset version: its latent shards, channel statistics and acceptance
                                        report (tasks/accept.py); written last
 

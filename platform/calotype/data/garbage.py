@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from calotype.data.files import Entry
+from calotype.data.lease import LEASE
 from calotype.data.manifest import sidecar_key
 from calotype.data.store import Store
 
@@ -24,7 +25,7 @@ def find(root: Store, kept: Mapping[str, Collection[str]], spared: float) -> dic
     for encoding in root.folders("latents"):
         entries = list(root.at("latents", encoding).list())
         mine = kept.get(encoding, ())
-        lost = [entry for entry in entries if entry.key.partition(".")[0] not in mine]
+        lost = [entry for entry in entries if entry.key.partition(".")[0] not in mine or entry.key.endswith(LEASE)]
         lost = [entry for entry in lost if entry.modified < time.time() - spared]
         if len(lost) < len(entries):
             lost = [entry for entry in lost if entry.key != "encoding.json"]

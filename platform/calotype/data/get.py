@@ -65,6 +65,12 @@ counts = Counts()
 _counting = threading.Lock()
 
 
+def counted(retries: int) -> None:
+    """So many requests were made again."""
+    with _counting:
+        counts.retries += retries
+
+
 _Place = tuple[str, str]  # scheme, host with its port
 
 
@@ -108,8 +114,7 @@ class Getter:
             except _Broken as error:
                 have = error.have
                 failure = str(error)
-            with _counting:
-                counts.retries += 1
+            counted(1)
             self.close()
             if counts.retries & (counts.retries - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: seen, and no flood
                 log.warning("%s: %s; asks again (%d times so far, over all)", name, failure, counts.retries)

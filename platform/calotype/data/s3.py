@@ -23,7 +23,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from calotype.data.files import PART, Entry, Missing, Names, Store, checked
-from calotype.data.get import EXPIRED, Getter, Gone, Refused
+from calotype.data.get import EXPIRED, Getter, Gone, Refused, counted
 from calotype.errors import CalotypeError, Unreachable
 
 SINGLE_PUT = 5 * 2**30  # bytes of one put, S3's limit; bigger files are published in parts
@@ -161,10 +161,13 @@ class S3Store(Store):
         with _explained(f"{self.uri}/{key}"):
             for attempt in range(ATTEMPTS):
                 try:
-                    return bytes(_client().get_object(Bucket=self.bucket, Key=self._name(key), **span)["Body"].read())
+                    found = _client().get_object(Bucket=self.bucket, Key=self._name(key), **span)
+                    counted(found["ResponseMetadata"]["RetryAttempts"])
+                    return bytes(found["Body"].read())
                 except _BROKEN_BODY:  # boto3 retries requests, not bodies that break off
                     if attempt == ATTEMPTS - 1:
                         raise
+                    counted(1)
                     time.sleep(0.1 * 2**attempt)
                 except botocore.exceptions.ClientError as error:
                     if _code(error) in ("InvalidRange", "416"):  # starts at or behind the end

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 from calotype import runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
-from calotype.data import cache, shards, statistics
+from calotype.data import cache, get, lease, shards, statistics
 from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import CACHE, Manifest, Shard, load_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import Missing, Store, open_store
-from calotype.environment import Worker
+from calotype.environment import Held, Worker
 from calotype.errors import ConfigError, DataError
 from calotype.model import digests
 from calotype.tasks import accept, encode
@@ -123,6 +123,21 @@ def shown(dataset: Manifest) -> Shard:
 
 
 # ----------------------------------------------------------------------------------------------- on workers
+
+
+def make_leased(config: CacheLatents, worker: Worker) -> Callable[..., Made | Held]:
+    """As `make`, but a shard that another job has in hand is left to it, until that job gives no more signs of life."""
+    work = make(config, worker)
+    latents = open_store(config.root).at("latents", cache.encoding_id(cache.encoding_of(config)))
+
+    def made(unit: Shard, dead: bytes | None = None) -> Made | Held:
+        key, before = cache.latent_key(unit), get.counts.retries
+        with lease.taken(latents, key, worker, dead) as theirs:
+            if theirs is not None and shards.existing_shard(latents, key) is None:
+                return Held(theirs, lease.STALE)
+            return replace(work(unit), retries=get.counts.retries - before)
+
+    return made
 
 
 def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:

@@ -40,6 +40,7 @@ class Made:
         decoded: how good its first samples are; of the shard that is shown, `grid` is their picture.
         images: that were encoded now: 0 where it was there already.
         spent: seconds, where it was encoded now.
+        retries: requests to the store that reading for it made again.
     """
 
     source: Shard
@@ -51,13 +52,17 @@ class Made:
     images: int = 0
     spent: Spent | None = None
     grid: Image.Image | None = None
+    retries: int = 0
 
 
 class Tally:
-    """Of the shards that are done; one more is added in O(1), for there may be 10^5."""
+    """Of the shards that are done; one more is added in O(1), for there may be 10^5.
+
+    `leased` is how many are in workers' hands.
+    """
 
     def __init__(self, results: Iterable[Made] = ()) -> None:
-        self.shards = self.encoded = self.images = self.bytes = self.lost = 0
+        self.shards = self.encoded = self.images = self.bytes = self.lost = self.retries = self.leased = 0
         self._whole = self._threads = self._decode = self._encode = self._write = 0.0
         self._told = 0.0
         self._each: dict[int, tuple[int, float]] = {}  # worker -> (images, seconds)
@@ -67,6 +72,7 @@ class Tally:
     def add(self, made: Made) -> None:
         self.shards += 1
         self.lost += len(made.lost)
+        self.retries += made.retries
         if (spent := made.spent) is None:
             return
         self.encoded += 1
@@ -79,6 +85,9 @@ class Tally:
         )  # fmt: skip
         images, seconds = self._each.get(spent.worker, (0, 0.0))
         self._each[spent.worker] = images + made.images, seconds + spent.whole
+
+    def in_hand(self, shards: int) -> None:
+        self.leased = shards
 
     def speeds(self) -> dict[str, float]:
         """Images per second, over all workers and of each, and shares of their time; {} where nothing was encoded."""
@@ -103,5 +112,6 @@ class Tally:
 
     def figures(self, units: int) -> dict[str, float]:
         """For the run, while it goes on.  `units`: shards that it began with."""
-        counts = {"shards_done": self.shards, "shards_left": units - self.shards, "bytes_written": self.bytes}
-        return {**self.speeds(), **counts, "quarantined": self.lost}
+        counts = {"shards_done": self.shards, "shards_leased": self.leased, "shards_left": units - self.shards}
+        counts |= {"bytes_written": self.bytes, "quarantined": self.lost, "read_retries": self.retries}
+        return {**self.speeds(), **counts}
