@@ -47,7 +47,8 @@ def text_folder(folder: Path, width: int = 16, length: int = 77) -> str:
     torch.manual_seed(0)
     tokenizer = load_tokenizer("small")
     sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
-    made = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=length, **sizes)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    made = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=length, **sizes, **ends)
     CLIPTextModel(made).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
