@@ -59,7 +59,7 @@ bench-stream: install ## the reader against webdataset, and against litdata, mos
 bench-scale: install ## the order at 10^9 samples and 4,096 ranks: seconds, memory, GETs, dollars
 	@$(PY) tests/bench/scale.py
 
-bench-cache: install ## caching latents beside the bare encoder, one file per image, and Ray Data
+bench-cache: install ## caching latents beside the bare encoder, one file per image, and Ray Data; bytes a sample
 	@$(PY) tests/bench/cache.py
 
 clean: ## remove caches and builds; .venv and .calotype stay

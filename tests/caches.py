@@ -17,9 +17,11 @@ from calotype.data.manifest import DATASET, Manifest, Shard, publish_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
+from calotype.model.conditioner import load_tokenizer
 from calotype.tasks import cache as task
 from diffusers import AutoencoderKL
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
 
 CONDITIONS = {
     "text": Condition(encoder={"_target_": "transformers.CLIPTextModel"}, length=8),
@@ -31,11 +33,24 @@ SIZES = {"train": (9, 8), "held_out": (5,)}
 def autoencoder_folder(folder: Path, seed: int = 0, scale: float = 1.0, channels: Sequence[int] = (8, 16)) -> str:
     torch.manual_seed(seed)
     sizes = {"block_out_channels": list(channels), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 16}
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * len(channels),
+             "up_block_types": ["UpDecoderBlock2D"] * len(channels)}  # fmt: skip
     model = AutoencoderKL(latent_channels=4, **sizes, **kinds)
     with torch.no_grad():
         model.quant_conv.weight.mul_(scale)
     model.save_pretrained(folder)
+    return str(folder)
+
+
+def text_folder(folder: Path, width: int = 16, length: int = 77) -> str:
+    """A CLIP text model that nobody trained, one layer deep, with the small tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("small")
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    made = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=length, **sizes, **ends)
+    CLIPTextModel(made).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

@@ -29,7 +29,8 @@ LEAST = {
     "sample": ["run=run:mine"],
     "evaluate": ["run=run:mine"],
 }
-MORE = {"data=folder": ["data.name=cats", "data.path=/cats"], "conditions=text_frozen": ["conditions.text.path=/clip"]}
+MORE = {"data=folder": ["data.name=cats", "data.path=/cats"], "conditions=text_frozen": ["conditions.text.path=/clip"],
+        "conditions=text_masked": ["conditions.text.path=/clip"]}  # fmt: skip
 LAST = {  # options that a job refuses by design, with the setting that the sentence must name
     ("train_autoencoder", "autoencoder=pretrained"): "autoencoder",
     ("train_autoencoder", "autoencoder=identity"): "autoencoder.kind",
@@ -156,6 +157,7 @@ REFUSED = [
     ("autoencoder.path=", "autoencoder.path is missing"),
     ("autoencoder=kl_f4", "autoencoder.kind=kl is an architecture without weights"),
     ("conditions.text.encoder=null", "conditions.text.encoder"),
+    ("conditions.text.mode=masked", "mode=masked caches a frozen text encoder: give conditions.text.path"),
     ("+conditions={label: {kind: class, source: label}}", "conditions.label.kind=class needs"),
     ("denoiser.model._target_=os.system", "denoiser.model._target_='os.system' is not allowed"),
     ("+denoiser.model.a.b._target_=os.system", "denoiser.model.a.b._target_='os.system' is not allowed"),

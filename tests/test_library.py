@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from calotype.config import Condition
 from calotype.data import Sample
 from calotype.data.cache import encoding_id
 from calotype.data.manifest import CACHE, Manifest
@@ -19,8 +20,10 @@ from calotype.data.shards import write_shard
 from calotype.data.store import open_store
 from PIL import Image
 
+from tests.caches import autoencoder_folder, config_of, dataset, latents_of, run, text_folder
+
 ROOT = Path(__file__).parents[1]
-LOOP, MIXTURE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+LOOP, MIXTURE, ELSEWHERE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def test_the_readmes_loop_runs(tmp_path: Path) -> None:
@@ -50,6 +53,30 @@ assert not {"ray", "deepspeed", "mlflow"} & set(sys.modules)
     lines = done.stdout.splitlines()
     assert lines[1].startswith("cursor 512: epoch 2, sample 0 of 512 tensor(1.")
     assert len(lines) == 4
+
+
+def test_somebody_elses_trainer_reads_a_cache_without_calotype(tmp_path: Path) -> None:
+    text = Condition(mode="masked", path=text_folder(tmp_path / "clip"), tokenizer="small", length=9)
+    dataset(tmp_path, {"train": (40, 40), "held_out": (5,)})
+    config = config_of(tmp_path, autoencoder_folder(tmp_path / "vae"), conditions={"text": text})
+    identity, place = run(config)["cache"], latents_of(config).uri.removeprefix("file://")
+    program = ELSEWHERE.replace("ROOT/latents/E", place).replace("ROOT", str(tmp_path)).replace("CACHE", identity)
+    drawn = "drawn.append(z)\n    assert text.shape == (9, 16) and mask.sum() == len(own) and not text[~mask].any()"
+    program = program.replace("print(", f"{drawn}\n    print(").replace("for sample", "drawn = []\nfor sample", 1)
+    program += """
+z = torch.stack(drawn)
+assert abs(z.mean((0, 2, 3))).max() < 0.1 and abs(z.std((0, 2, 3)) - 1).max() < 0.1
+import sys
+assert not any(name.startswith("calotype") for name in sys.modules)
+"""
+    command = [sys.executable, "-c", program]
+    environment = {"PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 80
+    assert lines[12].startswith("s012 a 12 tensor(")
+    assert lines[12].endswith("torch.Size([9, 16]) tensor(5)")
 
 
 def test_the_readmes_mixture_of_shards_in_folders_runs(tmp_path: Path) -> None:

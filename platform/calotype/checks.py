@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "encoding.precision": ("fp32", "bf16"),
     "conditions.*.kind": ("cross", "class"),
     "conditions.*.source": ("text", "label"),
-    "conditions.*.mode": ("tokens", "full"),
+    "conditions.*.mode": ("tokens", "full", "masked"),
     "diffusion.prediction": ("epsilon", "v_prediction"),
     "diffusion.schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "optim.schedule": ("constant", "cosine", "linear"),
@@ -228,8 +228,8 @@ def _check_condition(name: str, condition: Condition) -> None:
     if condition.kind == "cross" and condition.source == "text":
         if condition.mode == "tokens" and not condition.encoder:
             raise ConfigError(f"{where}.mode=tokens trains a text encoder: give {where}.encoder")
-        if condition.mode == "full" and not condition.path:
-            raise ConfigError(f"{where}.mode=full caches a frozen text encoder: give {where}.path")
+        if condition.mode != "tokens" and not condition.path:
+            raise ConfigError(f"{where}.mode={condition.mode} caches a frozen text encoder: give {where}.path")
     elif condition.kind == "cross":
         raise ConfigError(f"{where}.kind=cross needs {where}.source=text")
 

@@ -101,14 +101,16 @@ class Condition:
     kind: str = setting("cross", "cross (sequence for cross-attention) | class (label embedding)")
     source: str = setting("text", "text | label: what of a sample it is made from")
     drop: float = setting(0.1, "probability of replacing it by the empty condition (classifier-free guidance)")
-    mode: str = setting("tokens", "text: tokens (encoder trained jointly) | full (frozen encoder, cached, padded)")
+    mode: str = setting(
+        "tokens", "text: tokens (encoder trained jointly) | full (frozen encoder, cached, padded) | masked (not padded)"
+    )
     tokenizer: str = setting(
         "small", "text: small (ships with Calotype) or a transformers folder or hub id", identity=False
     )
     length: int = setting(32, "text: tokens, padded")
     classes: int = setting(0, "label: number of classes")
     encoder: dict[str, Any] = setting({}, "text: `_target_` and config of the transformers text model (mode=tokens)")
-    path: str = setting("", "text: folder or hub id of a frozen transformers text model (mode=full)", identity=False)
+    path: str = setting("", "text: folder or hub id of a frozen transformers text model", identity=False)
     digest: str = setting("", "digest of tokenizer and frozen encoder; filled in on submit")
 
 

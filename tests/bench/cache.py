@@ -1,6 +1,6 @@
 """Caching latents beside the bare encoder and beside other people's ways of doing it, on two cores.
 
-    python tests/bench/cache.py [--images 2400] [--rounds 1] [--cheap]
+    python tests/bench/cache.py [--images 2400] [--rounds 1] [--cheap] [--bytes]
 
     bare      two processes encode tensors that are in memory already: no decoding, no store, no checks
     ours      the job cache_latents with two workers on Ray: S3 in, S3 out, verified, its start included
@@ -9,12 +9,17 @@
 
 One thread each.  The encoder costs more than 50 ms an image (--cheap: some 20).  Starts the embedded stack where it is
 not up.
+
+Then what a sample takes in a shard that the job's own functions write (--bytes: this alone, without the stack): 256 px,
+a frozen text encoder of width 1024, captions of 15 tokens between start and end; beside the naive layout, 77 x 1024
+float16 embeddings and one draw of the posterior.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -25,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +179,51 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
+# ------------------------------------------------------------------------------------------------- bytes
+
+NAIVE = 2 * (77 * 1024 + 4 * 32 * 32)  # a sample, in no container at all
+CAPTION = "the number " * 6 + "a {:02d}"  # 15 tokens of the small tokenizer
+
+
+def stored_bytes(folder: Path, mode: str, images: int = 32) -> tuple[float, dict[str, int]]:
+    """(bytes per sample of a latent shard, of it all, its sidecar too; of each member of its first sample)."""
+    from calotype.config import Condition, Encoding
+    from calotype.data import cache, shards
+    from calotype.data.store import open_store
+
+    from tests.caches import autoencoder_folder, config_of, dataset, latents_of, run, text_folder
+
+    text = Condition(mode=mode, length=77, tokenizer="small", encoder={"_target_": "transformers.CLIPTextModel"})
+    if mode != "tokens":
+        text = replace(text, path=text_folder(folder / "text", width=1024))
+    dataset(folder, {"train": (images,)}, caption=CAPTION)
+    weights = autoencoder_folder(folder / "autoencoder", channels=(4, 4, 4, 4))
+    config = config_of(folder, weights, conditions={"text": text}, encoding=Encoding(resolution=256, batch=8))
+    run(config)
+    manifest = cache.load_cache(open_store(config.root), config)
+    sample = next(shards.iterate(latents_of(config), manifest.shards))
+    about = json.loads(bytes(sample.members["json"]))
+    assert (manifest.meta["captions_cut"], about["text"]) == (0, CAPTION.format(0))
+    beside = sum(entry.size for entry in latents_of(config).list() if entry.key.endswith(".sidecar.json"))
+    members = {name: len(data) for name, data in sample.members.items()}
+    return (manifest.shards[0].bytes + beside) / images, members
+
+
+def tell_bytes() -> None:
+    print(f"bytes a sample at 256 px, captions of 15 tokens; naive layout: {NAIVE:,}")
+    for mode in ("tokens", "masked", "full"):
+        with tempfile.TemporaryDirectory() as folder:
+            size, members = stored_bytes(Path(folder), mode, images=128)
+        parts = ", ".join(f"{name} {data:,}" for name, data in members.items())
+        print(f"    {mode:<8}{size:10,.0f}  {size / NAIVE:5.3f} of naive   ({parts})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2400)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cheap", action="store_true", help="an encoder of some 20 ms an image")
+    parser.add_argument("--bytes", action="store_true", help="only what a sample takes")
     gpu = parser.add_argument_group("on one GPU (cache_gpu.py), without Ray and MLflow")
     gpu.add_argument("--gpu", action="store_true", help="with Stable Diffusion's architecture, instead of all above")
     gpu.add_argument("--edges", type=int, nargs="+", default=[256, 512], help="in pixels")
@@ -186,6 +232,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.gpu:
         cache_gpu.main(options.images, options.edges, options.device, options.batch)
+        return
+    tell_bytes()
+    if options.bytes:
         return
     from calotype.data.manifest import load_dataset
     from calotype.data.store import open_store

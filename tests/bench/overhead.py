@@ -39,7 +39,7 @@ OVERRIDES = ["denoiser=unet_tiny", "autoencoder.path=x", "track=none", "cluster=
 def latents(folder: str, settings: config.TrainDenoiser) -> Manifest:
     """Shards of 1,024 random latents with captions."""
     random = np.random.default_rng(0)
-    tokens = conditioner.inputs(settings.conditions["text"], ["a handwritten digit seven"]).numpy()[0]
+    tokens = conditioner.inputs(settings.conditions["text"], ["a handwritten digit seven"])[0]
     samples = [
         cache.encode_sample(
             shards.Sample(f"{index:05d}", {}),

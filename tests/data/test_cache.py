@@ -41,6 +41,7 @@ def text(**changes: Any) -> dict[str, Condition]:
         replace(CONFIG, conditions=text(digest="u" * 64)),
         replace(CONFIG, conditions=text(length=16)),
         replace(CONFIG, conditions=text(mode="full")),
+        replace(CONFIG, conditions=text(mode="masked")),
         replace(CONFIG, conditions={}),
         replace(CONFIG, conditions={"label": Condition(kind="class", source="label", classes=3)}),
     ],

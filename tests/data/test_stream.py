@@ -184,6 +184,73 @@ def test_what_is_no_array_of_one_shape_is_refused(tmp_path: Path) -> None:
         next(iter(stream))
 
 
+def texts(folder: Path, sizes: list[int], width: int = 3, length: int = 9, name: str = "0") -> Dataset:
+    """As a cache holds embeddings: array i is (sizes[i], width), of numbers that tell i and the row."""
+    store = open_store(str(folder))
+    made = [
+        Sample(f"{i}", {"t.npy": to_npy(np.full((size, width), i) + np.arange(size)[:, None] / 16),
+                        "x.npy": to_npy(np.array(i))})
+        for i, size in enumerate(sizes)
+    ]  # fmt: skip
+    row = write_shard(store, f"{name}.tar", made, 16)
+    return Dataset(store, [row], meta={"encoding": {"conditions": {"t": {"mode": "masked", "length": length}}}})
+
+
+@pytest.mark.parametrize(("workers", "longest"), [(0, 9), (0, 4), (0, 1), (2, 9)])
+def test_rows_are_padded_to_one_length_with_a_mask(tmp_path: Path, workers: int, longest: int) -> None:
+    """The same whatever a batch or a dataset holds; what lies in reused memory does not shine through."""
+    dataset = texts(tmp_path, [1 + i % longest for i in range(64)])
+    for world, rank in ((1, 0), (3, 1)):
+        order = {"seed": 0, "batch": 16, "world": world, "rank": rank}
+        reading = Reading(workers=workers)
+        with closing(Stream(dataset, **order, arrays=["x", "t"], reading=reading)) as stream:
+            batches = list(islice(stream, 12))
+        for batch in batches:
+            assert list(batch.arrays) == ["x", "t", "t.mask"]
+            assert batch.arrays["t"].shape == (len(batch.keys), 9, 3)
+            assert batch.arrays["t.mask"].dtype == np.bool_
+            for key, array, own in zip(batch.keys, batch.arrays["t"], batch.arrays["t.mask"], strict=True):
+                rows = 1 + int(key) % longest
+                assert own.tolist() == [True] * rows + [False] * (9 - rows)
+                assert (array[:rows] == int(key) + np.arange(rows)[:, None] / 16).all()
+                assert not array[rows:].any()
+
+
+def test_what_is_left_out_has_an_empty_mask(tmp_path: Path) -> None:
+    dataset = texts(tmp_path, [1 + i % 9 for i in range(64)])
+    data = bytearray(dataset.store.read("0.tar"))
+    for chunk in range(3):
+        data[read_sidecar(dataset.store, dataset.shards[0]).span(chunk)[0] + 600] ^= 1
+    dataset.store.write("0.tar", bytes(data))
+    reading = Reading(on_error="quarantine", error_budget=48)
+    with closing(Stream(dataset, seed=0, batch=4, lanes=1, window=4, arrays=["t"], reading=reading)) as stream:
+        batches = list(islice(stream, 16))
+    assert sorted({batch.present.all() for batch in batches}) == [False, True]
+    for batch in batches:
+        assert (batch.arrays["t"].shape, batch.arrays["t.mask"].shape) == ((4, 9, 3), (4, 9))
+        assert (batch.arrays["t.mask"].any(1) == batch.present).all()
+        assert not batch.arrays["t"][~batch.present].any()
+
+
+def test_rows_that_cannot_be_padded_are_refused(tmp_path: Path) -> None:
+    def first(datasets: Dataset | list[Dataset]) -> None:
+        with closing(Stream(datasets, seed=0, batch=8, lanes=1, arrays=["t"])) as stream:
+            next(iter(stream))
+
+    with pytest.raises(DataError, match=r"arrays t\.npy of chunk 0 of .*0\.tar have 1 to 9 rows, not 1 to 8"):
+        first(texts(tmp_path, [1 + i % 9 for i in range(16)], length=8))
+    with pytest.raises(DataError, match="have 0 to 2 rows"):
+        first(texts(tmp_path / "none", [0, 2] * 8))
+    wide, other = texts(tmp_path / "wide", [3, 4] * 8, width=4), texts(tmp_path / "other", [3, 4] * 8)
+    with pytest.raises(DataError, match=r"is float64 \(9, \d\), of others in its batch float64 \(9, \d\)"):
+        first([wide, other])
+    with pytest.raises(ConfigError, match=r"t has up to 5 rows in .*and 9 in another .*one conditions\.t\.length"):
+        first([other, texts(tmp_path / "short", [3, 4] * 8, length=5)])
+    bare = replace(other, meta={})
+    with pytest.raises(DataError, match="differ in dtype or shape: read them as samples"):
+        first(bare)
+
+
 def sums(sample: Sample) -> dict[str, np.ndarray]:
     return {"sum": np.load(io.BytesIO(sample.members["x.npy"]))}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from calotype.config import Condition
+from calotype.data.npy import mask_of
 from calotype.errors import ConfigError
 from calotype.model.conditioner import (
     Conditioner,
@@ -20,7 +21,17 @@ from calotype.model.conditioner import (
     tokenize,
 )
 from calotype.model.digests import SMALL
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 ENCODER = {"_target_": "transformers.CLIPTextModel", "config": {"_target_": "transformers.CLIPTextConfig", **SIZES}}
@@ -78,11 +89,13 @@ def test_the_shipped_files_are_what_clip_tokenizers_read(tmp_path: Path) -> None
 
 def test_stored_forms(clip: str) -> None:
     frozen = dataclasses.replace(TEXT, mode="full", path=clip, tokenizer=clip)
-    assert inputs(TEXT, ["a", "b"]).shape == (2, 8)
-    assert inputs(TEXT, ["a"]).dtype == torch.int32
-    assert inputs(LABEL, [3, "4"]).tolist() == [3, 4]
-    assert inputs(frozen, ["a", "b", "c"]).shape == (3, 8, 8)
-    assert inputs(frozen, ["a"]).dtype == torch.float16
+    masked = dataclasses.replace(frozen, mode="masked")
+    assert [form.shape for form in inputs(TEXT, ["a", "b"])] == [(8,)] * 2
+    assert inputs(TEXT, ["a"])[0].dtype == np.int32
+    assert [(form.tolist(), form.dtype) for form in inputs(LABEL, [3, "4"])] == [(3, np.int64), (4, np.int64)]
+    assert [form.shape for form in inputs(frozen, ["a", "b", "a"])] == [(8, 8)] * 3
+    assert [form.shape for form in inputs(masked, ["", "a", "a b", "a " * 20])] == [(2, 8), (3, 8), (4, 8), (8, 8)]
+    assert inputs(frozen, ["a"])[0].dtype == inputs(masked, ["a"])[0].dtype == np.float16
     for wrong in (10, -1, "x", None):
         with pytest.raises(ConfigError, match="0 to 9"):
             inputs(LABEL, [wrong])
@@ -93,11 +106,25 @@ def test_frozen_text_is_the_same_beside_any_other(clip: str) -> None:
     texts = [f"number {index}" for index in range(20)]
     together = encode_texts(frozen, texts)
     for index in (0, 15, 16, 19):
-        assert torch.equal(encode_texts(frozen, texts[index : index + 1])[0], together[index])
+        assert np.array_equal(encode_texts(frozen, texts[index : index + 1])[0], together[index])
+    repeated = encode_texts(frozen, texts[:3] * 20 + texts)
+    assert all(np.array_equal(one, together[index % 3 if index < 60 else index - 60])
+               for index, one in enumerate(repeated))  # fmt: skip
     model = CLIPTextModel.from_pretrained(clip)
     with torch.no_grad():
         hidden = model(torch.from_numpy(tokenize(clip, texts[:1], 8)).long())[0]
-    torch.testing.assert_close(together[:1].float(), hidden, atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(together[0], hidden[0], atol=2e-3, rtol=2e-3)
+
+
+def test_masked_text_is_what_full_text_has_of_its_own_tokens(clip: str) -> None:
+    frozen = dataclasses.replace(TEXT, mode="full", path=clip, tokenizer=clip)
+    texts = ["", "seven", "a photo of seven", "a handwritten digit that is too long for this"]
+    whole = encode_texts(frozen, texts)
+    for length in (8, 20):
+        own = encode_texts(dataclasses.replace(frozen, mode="masked", length=length), texts[:3])
+        assert [len(rows) for rows in own] == [2, 3, 6]
+        assert all(np.allclose(rows, all_rows[: len(rows)], atol=3e-3) for rows, all_rows in zip(own, whole))
+    assert np.array_equal(encode_texts(dataclasses.replace(frozen, mode="masked"), texts)[3], whole[3])
 
 
 def test_other_encoders_do_not_see_padding(tmp_path: Path) -> None:
@@ -107,10 +134,24 @@ def test_other_encoders_do_not_see_padding(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     load_tokenizer("small").save_pretrained(tmp_path)
     made = [
-        encode_texts(Condition(mode="full", path=str(tmp_path), tokenizer=str(tmp_path), length=n), ["seven"])[0, :3]
+        encode_texts(Condition(mode=mode, path=str(tmp_path), tokenizer=str(tmp_path), length=n), ["seven"])[0][:3]
         for n in (4, 12)
+        for mode in ("full", "masked")
     ]
-    torch.testing.assert_close(made[0], made[1], atol=1e-3, rtol=1e-2)
+    for other in made[1:]:
+        np.testing.assert_allclose(made[0], other, atol=1e-3, rtol=1e-2)
+
+
+def test_a_text_without_tokens_leaves_a_row_to_read(tmp_path: Path) -> None:
+    T5EncoderModel(T5Config(vocab_size=4, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path
+    )
+    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "b": 2}, "<pad>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path)
+    masked = Condition(mode="masked", path=str(tmp_path), tokenizer=str(tmp_path), length=4)
+    assert [form.shape for form in inputs(masked, ["a b", ""])] == [(2, 8), (1, 8)]
+    assert empty({"text": masked})["text.mask"].tolist() == [[True, False, False, False]]
 
 
 def test_empty_and_dropped() -> None:
@@ -129,15 +170,34 @@ def test_empty_and_dropped() -> None:
         prompted(conditions, [{"text": "seven"}])
 
 
+def test_a_masked_text_is_dropped_with_its_mask(clip: str) -> None:
+    conditions = {"text": dataclasses.replace(TEXT, mode="masked", path=clip, tokenizer=clip)}
+    cond, nothing = prompted(conditions, ["a photo of seven", "seven"]), empty(conditions)
+    assert cond["text"].shape == (2, 8, 8)
+    assert cond[mask_of("text")].sum(1).tolist() == [6, 3]
+    assert not cond["text"][~cond[mask_of("text")]].any()
+    made = dropped(cond, nothing, {"text": torch.tensor([True, False])})
+    for name in cond:
+        assert torch.equal(made[name], torch.stack([nothing[name][0], cond[name][1]]))
+    assert made[mask_of("text")].dtype == torch.bool
+
+
 def test_what_the_unet_is_given(clip: str) -> None:
     frozen = dataclasses.replace(TEXT, mode="full", path=clip, tokenizer=clip)
     both = {"text": TEXT, "frozen": frozen, "label": LABEL}
     conditioner = Conditioner(both)
     assert (conditioner.cross_dim, conditioner.classes) == (8, 10)
-    hidden, labels = conditioner(prompted(both, [{"text": "a", "frozen": "b", "label": 3}] * 2))
+    prompts = [{"text": "a", "frozen": "b", "label": 3}] * 2
+    hidden, mask, labels = conditioner(prompted(both, prompts))
     assert hidden.shape == (2, 16, 8)
+    assert mask is None
     assert labels.tolist() == [3, 3]
-    assert Conditioner({})({}) == (None, None)
+    assert Conditioner({})({}) == (None, None, None)
+    both["frozen"] = dataclasses.replace(frozen, mode="masked")
+    other, mask, _ = Conditioner(both)(prompted(both, prompts))
+    assert mask.tolist() == [[True] * 8 + [True] * 3 + [False] * 5] * 2
+    assert torch.equal(other[:, 8:11], hidden[:, 8:11])
+    assert not other[:, 11:].any()
 
 
 def test_sizes_of_a_trained_encoder_follow_from_tokenizer_and_length() -> None:

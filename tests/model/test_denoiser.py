@@ -7,8 +7,9 @@ import pytest
 import torch
 from calotype import config
 from calotype.errors import ConfigError
-from calotype.model.conditioner import empty, prompted
+from calotype.model.conditioner import empty, load_tokenizer, prompted
 from calotype.model.denoiser import Denoiser, build_denoiser, load_weights
+from transformers import CLIPTextConfig, CLIPTextModel
 
 ENCODER = {
     "_target_": "transformers.CLIPTextModel",
@@ -55,6 +56,25 @@ def test_every_weight_is_trained_and_every_condition_is_seen(which: str) -> None
         other = denoiser(x, t, {**cond, name: nothing[name].expand_as(cond[name])})
         assert not torch.allclose(other, made), name
     assert not torch.allclose(denoiser(x, torch.tensor([500, 500]), cond), made)
+
+
+def test_masked_rows_are_not_seen(tmp_path: Path) -> None:
+    """A padded text is the text alone, whatever lies behind it, also beside another that is longer."""
+    tokenizer, sizes = load_tokenizer("small"), ENCODER["config"]
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **dict(list(sizes.items())[1:]))).save_pretrained(tmp_path)
+    frozen = config.Condition(mode="masked", path=str(tmp_path), tokenizer="small", length=9)
+    denoiser = built({"text": frozen}).eval()
+    cond = prompted({"text": frozen}, ["a seven", "a photo of seven"])
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([0, 999])
+    made = denoiser(x, t, cond)
+    for row, rows in ((0, 4), (1, 6)):
+        alone = {"text": cond["text"][row : row + 1, :rows]}
+        torch.testing.assert_close(denoiser(x[row : row + 1], t[row : row + 1], alone)[0], made[row])
+    behind = torch.where(cond["text.mask"][..., None], cond["text"], 7)
+    torch.testing.assert_close(denoiser(x, t, {**cond, "text": behind}), made)
+    assert not torch.allclose(denoiser(x, t, {"text": cond["text"]}), made, atol=1e-4)
+    half = denoiser.bfloat16()(x, t, cond)
+    torch.testing.assert_close(half, made, atol=0.1, rtol=0.1)
 
 
 def test_sizes_follow_from_latents_and_conditions() -> None:

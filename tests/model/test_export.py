@@ -131,6 +131,7 @@ def test_the_folder_needs_no_calotype(tmp_path: Path) -> None:
         (job(autoencoder=config.Autoencoder(kind="identity", f=1, channels=3)), "pixel space"),
         (job(conditions={}), "unconditional"),
         (job(conditions={"label": config.Condition(kind="class", source="label", classes=10)}), "conditions.label"),
+        (job(conditions={"text": dataclasses.replace(TEXT, mode="masked")}), "conditions.text.mode=masked"),
         (job(conditions={"a": TEXT, "b": TEXT}), "a, b"),
     ],
 )

@@ -165,8 +165,8 @@ class Actors:
     def kill(self) -> None:
         import ray
 
-        for held in (*self.busy.values(), *self._coming.values(), *self.idle):
-            ray.kill(held[1])
+        for _, actor, *_ in (*self.busy.values(), *self._coming.values(), *self.idle):
+            ray.kill(actor)
 
     def _failed_to_start(self, why: str) -> None:
         self._failed += 1

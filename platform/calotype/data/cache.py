@@ -11,9 +11,10 @@
                                        report (tasks/accept.py); written last
 
 Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
-encoding is deterministic; `<condition>.npy`; `json` {"text"?, "label"?, "width", "height"} of the original, "crop" with
-aspect buckets ([left, top, right, bottom] in the original; else it is the centred square), and "cut": names of
-conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them:
+encoding is deterministic; `<condition>.npy` a class number (), token ids (length,), embeddings (length, D), or (n, D)
+of mode=masked, where n of the length tokens are the caption's own; `json` {"text"?, "label"?, "width", "height"} of the
+original, "crop" with aspect buckets ([left, top, right, bottom] in the original; else it is the centred square), and
+"cut": names of conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them:
 draws and scaling happen when they are read.
 """
 
@@ -31,7 +32,7 @@ from calotype.config import CacheLatents, Condition, Encoding, TrainDenoiser
 from calotype.data.buckets import Size
 from calotype.data.images import PREPROCESSING
 from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset, sidecar_key
-from calotype.data.npy import from_npy, to_npy
+from calotype.data.npy import from_npy, mask_of, padded, to_npy
 from calotype.data.shards import Sample, columns_of
 from calotype.data.store import Missing, Store
 from calotype.errors import ConfigError, DataError
@@ -268,11 +269,24 @@ def encode_sample(
     return Sample(sample.key, members)
 
 
-def stacked(samples: Iterable[Sample], conditions: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of stored samples, stacked: `latent` (n, 2, C, h, w), and each named condition (n, ...)."""
-    names = ("latent", *conditions)
+def stacked(
+    samples: Iterable[Sample], conditions: Iterable[str], lengths: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of stored samples, as a stream gives them: `latent` (n, 2, C, h, w), each named condition (n, ...).
+
+    Args:
+        lengths: conditions that are padded, with a mask (`Dataset.lengths`).
+    """
+    names, lengths = ("latent", *conditions), lengths or {}
     stored = [decode_sample(sample, names[1:]) for sample in samples]
-    return {name: np.stack([entry[name] for entry in stored]) for name in names}
+    made: dict[str, np.ndarray[Any, Any]] = {}
+    for name in names:
+        arrays = [entry[name] for entry in stored]
+        if name in lengths:
+            made[name], made[mask_of(name)] = padded(arrays, lengths[name])
+        else:
+            made[name] = np.stack(arrays)
+    return made
 
 
 def decode_sample(sample: Sample, conditions: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:

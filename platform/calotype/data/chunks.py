@@ -10,7 +10,7 @@ import logging
 import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +22,10 @@ from calotype.data.dataset import Dataset, Layout
 from calotype.data.disk import Disk
 from calotype.data.draws import Ints
 from calotype.data.manifest import Shard
-from calotype.data.npy import header_of
+from calotype.data.npy import Arrays, arrays_in
 from calotype.data.shards import Sidecar, keys_of, read_sidecar, verified
 from calotype.data.store import Store
 from calotype.data.tables import Table
-from calotype.data.tar import BLOCK
 from calotype.data.threads import Daemons, Steps, in_turn
 from calotype.errors import CalotypeError, ConfigError, DataError
 
@@ -87,16 +86,6 @@ class Reading:
         return self.memory - min(self.memory // 4, BESIDE)
 
 
-@dataclass(frozen=True)
-class Arrays:
-    """Where the data of one `.npy` member lies in a chunk: all of one dtype and shape."""
-
-    offsets: list[int]
-    bytes: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-
 @dataclass
 class Chunk:
     """A verified chunk in memory, of a shard and bucket.  `rows`: which of its samples count, None for all."""
@@ -135,7 +124,8 @@ class Chunks:
 
     Args:
         layouts: of the datasets.
-        arrays: names of the `.npy` members whose place is found while chunks are fetched.
+        arrays: names of the `.npy` members whose place is found while chunks are fetched, and what each is padded to
+            (see `arrays_in`).
         last_use: (pool, epoch, place) -> one past the last global position that needs the chunk.
         stop: set, nothing more is waited for.
     """
@@ -144,7 +134,7 @@ class Chunks:
         self,
         datasets: Sequence[Dataset],
         layouts: Sequence[Layout],
-        arrays: Sequence[str],
+        arrays: Mapping[str, int],
         reading: Reading,
         last_use: Callable[[int, int, int], int],
         stop: threading.Event,
@@ -260,7 +250,8 @@ class Chunks:
         try:
             view = buffer.data[: sidecar.span(index)[1]]
             table = yield from self._verified(store, shard, sidecar, index, view)
-            arrays = {name: _arrays(view, table, name, store.where(shard.key), index) for name in self._arrays}
+            where = f"chunk {index} of {store.where(shard.key)}"
+            arrays = {name: arrays_in(view, table, name, where, length) for name, length in self._arrays.items()}
             return Chunk(store.where(shard.key), bucket, buffer, view, table, rows, arrays)
         except BaseException:
             self._buffers.give(buffer)
@@ -326,24 +317,6 @@ def _names(store: Store, shard: Shard, rows: Sequence[int]) -> list[str]:
     except CalotypeError:
         keys = None
     return [keys[row] if keys else f"#{row}" for row in rows]
-
-
-def _arrays(view: memoryview, table: Table, name: str, where: str, index: int) -> Arrays:
-    """
-    Raises:
-        DataError: a sample lacks the member, or arrays differ in dtype or shape.
-    """
-    member = f"{name}.npy"
-    if member not in table.members or (table.members[member][0] < 0).any():
-        have = ", ".join(sorted(table.members))
-        raise DataError(f"{where}: not every sample of chunk {index} has a member {member}: they have {have}")
-    offsets, sizes = table.members[member]
-    start, dtype, shape = header_of(view[int(offsets[0]) : int(offsets[0] + sizes[0])])
-    blocks = np.frombuffer(view, np.uint8).reshape(-1, BLOCK)
-    heads = blocks[offsets // BLOCK, : min(start, BLOCK)]
-    if (sizes != sizes[0]).any() or (heads != heads[0]).any() or start > BLOCK:
-        raise DataError(f"{where}: the arrays {member} of chunk {index} differ in dtype or shape: read them as samples")
-    return Arrays((offsets + start).tolist(), int(sizes[0]) - start, dtype, shape)
 
 
 class _Buffers:

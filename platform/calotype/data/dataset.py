@@ -34,6 +34,12 @@ class Dataset:
     keep: Mapping[str, npt.NDArray[np.bool_]] | None = field(default=None, repr=False)
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Arrays of a cache whose first axes differ (mode=masked) -> rows that they are padded to, for batches."""
+        forms = self.meta.get("encoding", {}).get("conditions", {})
+        return {name: form["length"] for name, form in forms.items() if form.get("mode") == "masked"}
+
     def layout(self) -> Layout:
         return _layout(self.shards, self.keep)
 

@@ -20,6 +20,7 @@ from calotype.data.chunks import BESIDE, Bad, Chunk, Chunks, Reading, largest_ch
 from calotype.data.dataset import Dataset, Layout
 from calotype.data.draws import Ints
 from calotype.data.get import counts
+from calotype.data.npy import Forms, mask_of, own_rows
 from calotype.data.order import slots
 from calotype.data.schedule import Schedule
 from calotype.data.shards import Sample
@@ -51,7 +52,8 @@ class Rows:
     Attributes:
         positions: (n,) global positions.
         keys: of the samples; of those that are left out #N, the number in their shard, if columns do not tell.
-        arrays: name -> (n, ...); zeros for samples that are left out.
+        arrays: name -> (n, ...); zeros for samples that are left out.  Of arrays that are padded (`Dataset.lengths`)
+            also NAME.mask (n, length): which rows are a sample's own.
         samples: instead of arrays; None for samples that are left out.
         skipped: (row, id, reason) of those.
         retries: requests that this process had to repeat since it made the rows before.
@@ -104,8 +106,10 @@ class Reader:
         weights = [dataset.weight for dataset in datasets]
         self.schedule = Schedule(layouts, weights, order.seed, order.batch, order.lanes, order.window)
         self._layouts, self._datasets = layouts, datasets
-        self._arrays, self._decode, self._threads = tuple(arrays), decode, threads
-        self._like: dict[int, dict[str, tuple[tuple[int, ...], Any]]] = {}  # bucket -> shape and dtype of a row
+        lengths = _lengths(datasets)
+        self._arrays = {name: lengths.get(name, 0) for name in arrays}
+        self._decode, self._threads = decode, threads
+        self._like: dict[int, Forms] = {}  # of a bucket's batches
         self._retries = counts.retries
         self._allocate = allocate or (lambda name, shape, dtype: np.empty(shape, dtype))
         self.reading = _with_memory(datasets, layouts, order, mine, reading, self.schedule)
@@ -204,11 +208,14 @@ class Reader:
         made.arrays = {name: np.zeros((len(keys), *shape), dtype) for name, (shape, dtype) in like.items()}
         return made
 
-    def _example(self, chunks: Chunks, bucket: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def _example(self, chunks: Chunks, bucket: int) -> Forms:
         """Shape and dtype of each array of a bucket's samples, from one that can be read; {} if none is found."""
         for chunk in chunks.examples(bucket):
             if self._arrays:
-                return {name: (one.shape, one.dtype) for name, one in chunk.arrays.items()}
+                forms: Forms = {}
+                for name, array in chunk.arrays.items():
+                    forms |= array.forms(name)
+                return forms
             for index in range(len(chunk.table.keys)):
                 sample = self._sample(chunk, index)
                 with suppress(Exception):
@@ -230,7 +237,7 @@ class Reader:
         like = next((chunk for chunk, _ in found if isinstance(chunk, Chunk)), None)
         if like is None:
             return
-        for name in self._arrays:
+        for name, length in self._arrays.items():
             first = like.arrays[name]
             out = self._allocate(name, (len(found), *first.shape), first.dtype)
             target, size = out.reshape(-1).view(np.uint8).data, first.bytes
@@ -243,8 +250,17 @@ class Reader:
                     raise DataError(f"{name} of sample {made.keys[row]} is {here.dtype} {here.shape}, of others in its "
                                     f"batch {first.dtype} {first.shape}: cache them in buckets by shape")  # fmt: skip
                 at = here.offsets[index]
-                target[row * size : (row + 1) * size] = chunk.view[at : at + size]
+                if here.rows is None:
+                    target[row * size : (row + 1) * size] = chunk.view[at : at + size]
+                    continue
+                own = row * size + here.rows[index] * (size // length)
+                target[row * size : own] = chunk.view[at : at + own - row * size]
+                target[own : (row + 1) * size] = bytes((row + 1) * size - own)
             made.arrays[name] = out
+            if length:
+                mask = self._allocate(mask_of(name), (len(found), length), np.dtype(np.bool_))
+                mask[...] = own_rows([_rows(chunk, name, index) for chunk, index in found], length)
+                made.arrays[mask_of(name)] = mask
 
     def _decoded(
         self, made: Rows, found: list[tuple[Chunk | Bad, int]], pool: ThreadPoolExecutor, decode: Decode
@@ -282,6 +298,24 @@ class Reader:
             for row, part in enumerate(parts):
                 out[row] = part[name] if isinstance(part, Mapping) else 0
             made.arrays[name] = out
+
+
+def _rows(chunk: Chunk | Bad, name: str, index: int) -> int:
+    """Of a sample's own, in a padded array."""
+    rows = chunk.arrays[name].rows if isinstance(chunk, Chunk) else None
+    return rows[index] if rows else 0
+
+
+def _lengths(datasets: Sequence[Dataset]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for dataset in datasets:
+        for name, length in dataset.lengths.items():
+            if found.setdefault(name, length) != length:
+                raise ConfigError(
+                    f"{name} has up to {length} rows in {dataset.store.uri} and {found[name]} in another dataset of "
+                    f"this mixture: cache them with one conditions.{name}.length"
+                )
+    return found
 
 
 def shares_of(mine: range, workers: int) -> list[range]:

@@ -47,7 +47,8 @@ class Batch:
     Attributes:
         positions: (n,) global positions, one per sample: the key of everything random about it.
         keys: of the samples.
-        arrays: name -> (n, ...), of `arrays` or of what `decode` gave.
+        arrays: name -> (n, ...), of `arrays` or of what `decode` gave; of texts that a cache holds without padding
+            (mode=masked) it is back, and NAME.mask (n, length) is False there.
         samples: where neither was asked for; None where one is left out.
         present: (n,) False for samples that quarantine left out: their arrays are zeros, and they must weigh nothing.
         wait: seconds that the consumer waited for it.

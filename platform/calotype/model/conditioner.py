@@ -1,7 +1,9 @@
 """What steers the denoiser: captions and labels -> the tensors a cache holds -> the inputs of the network.
 
 A condition has two lives.  `inputs` turns its values into what is stored beside each latent (token ids, embeddings of a
-frozen encoder, class indices); `Conditioner`, inside the denoiser, turns those into what the UNet reads.
+frozen encoder, class indices); `Conditioner`, inside the denoiser, turns those into what the UNet reads.  In between a
+batch of them is a `Cond`, as the stream stacks it: texts that are stored without their padding (mode=masked) have it
+again, zeros, and a mask beside them.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from calotype.config import Condition
+from calotype.data.npy import mask_of, padded
 from calotype.errors import ConfigError
 from calotype.model.build import instantiate
 from calotype.model.digests import SMALL, text_width
 from calotype.model.folders import opened, read_config, weight_files
 
-Cond = dict[str, Tensor]  # name of a condition -> its stored form, one row per sample
+Cond = dict[str, Tensor]  # name of a condition -> its stored form, one row per sample; NAME.mask (B, L) of mode=masked
 _TOKENIZING = threading.Lock()  # a call sets the tokenizer's padding and truncation: threads would mix them up
+Array = np.ndarray[Any, Any]
 TEXTS = 16  # texts per call of a frozen encoder: fixed and padded, so that bits do not depend on neighbours
 
 
@@ -56,14 +60,21 @@ class Conditioner(nn.Module):
             )
         self.cross_dim = next(iter(widths.values()), None)
 
-    def forward(self, cond: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Stored forms -> (encoder_hidden_states (B, L, D), class_labels (B,)); several texts are joined along L."""
+    def forward(self, cond: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Stored forms -> (encoder_hidden_states (B, L, D), encoder_attention_mask (B, L) bool, class_labels (B,)).
+
+        Several texts are joined along L; there is a mask where one of them has one.
+        """
         sequences = [
             self.encoders[name](input_ids=cond[name].long())[0] if name in self.encoders else cond[name]
             for name in self.cross
         ]
         hidden = torch.cat(sequences, dim=1) if sequences else None
-        return hidden, cond[self.labels[0]].long() if self.labels else None
+        mask = None
+        if any(mask_of(name) in cond for name in self.cross):
+            whole = [each.new_ones(each.shape[:2], dtype=torch.bool) for each in sequences]
+            mask = torch.cat([cond.get(mask_of(name), ones) for name, ones in zip(self.cross, whole)], dim=1)
+        return hidden, mask, cond[self.labels[0]].long() if self.labels else None
 
 
 def trained_encoder(condition: Condition) -> nn.Module:
@@ -98,21 +109,29 @@ def trained_encoder(condition: Condition) -> nn.Module:
 # --------------------------------------------------------------------------------- values -> what a cache stores
 
 
-def inputs(condition: Condition, values: Sequence[Any], device: str = "cpu") -> Tensor:
-    """The stored form of captions or labels.
+def inputs(condition: Condition, values: Sequence[Any], device: str = "cpu") -> list[Array]:
+    """The stored form of each of some captions or labels.
 
     Returns:
-        text tokens: int32 (B, L); text full: float16 (B, L, D); label: int64 (B,).
+        text tokens: int32 (L,); full: float16 (L, D); masked: float16 (n, D), 1 <= n <= L; label: int64 ().
 
     Raises:
         ConfigError: a label that is not one of the classes.
     """
     if condition.source == "label":
-        return torch.tensor([_label(value, condition.classes) for value in values], dtype=torch.int64)
+        return [np.array(_label(value, condition.classes)) for value in values]
     texts = [str(value) for value in values]
-    if condition.mode == "full":
-        return encode_texts(condition, texts, device)
-    return torch.from_numpy(tokenize(condition.tokenizer, texts, condition.length))
+    if condition.mode == "tokens":
+        return list(tokenize(condition.tokenizer, texts, condition.length))
+    return encode_texts(condition, texts, device)
+
+
+def stacked(name: str, condition: Condition, forms: Sequence[Array]) -> Cond:
+    """Stored forms of a condition, as the stream gives them."""
+    if condition.source == "text" and condition.mode == "masked":
+        rows, mask = padded(forms, condition.length)
+        return {name: torch.from_numpy(rows), mask_of(name): torch.from_numpy(mask)}
+    return {name: torch.from_numpy(np.stack(forms))}
 
 
 def prompted(conditions: Mapping[str, Condition], prompts: Sequence[Any], device: str = "cpu") -> Cond:
@@ -123,8 +142,8 @@ def prompted(conditions: Mapping[str, Condition], prompts: Sequence[Any], device
             if isinstance(prompt, Mapping) and name not in prompt:
                 raise ConfigError(f"prompt {dict(prompt)} says nothing for the condition {name!r}: add {name}: ...")
         values = [prompt[name] if isinstance(prompt, Mapping) else prompt for prompt in prompts]
-        found[name] = inputs(condition, values, device).to(device)
-    return found
+        found |= stacked(name, condition, inputs(condition, values, device))
+    return {name: rows.to(device) for name, rows in found.items()}
 
 
 def empty(conditions: Mapping[str, Condition], device: str = "cpu") -> Cond:
@@ -132,12 +151,11 @@ def empty(conditions: Mapping[str, Condition], device: str = "cpu") -> Cond:
 
     Text: the tokens or embeddings of "".  Label: the index after the last class.
     """
-    return {
-        name: (inputs(c, [""], device) if c.source == "text" else torch.tensor([c.classes], dtype=torch.int64)).to(
-            device
-        )
-        for name, c in conditions.items()
-    }
+    found: Cond = {}
+    for name, condition in conditions.items():
+        text = condition.source == "text"
+        found |= stacked(name, condition, inputs(condition, [""], device) if text else [np.array(condition.classes)])
+    return {name: rows.to(device) for name, rows in found.items()}
 
 
 def dropped(cond: Cond, nothing: Cond, drop: Mapping[str, Tensor]) -> Cond:
@@ -149,9 +167,10 @@ def dropped(cond: Cond, nothing: Cond, drop: Mapping[str, Tensor]) -> Cond:
         drop: name -> (B,) bool; a name left out drops nothing.
     """
     found = dict(cond)
-    for name, mask in drop.items():
-        rows = mask.to(cond[name].device).reshape(-1, *[1] * (cond[name].dim() - 1))
-        found[name] = torch.where(rows, nothing[name].to(cond[name]), cond[name])
+    for name, chosen in drop.items():
+        for key in (name, mask_of(name)) if mask_of(name) in cond else (name,):
+            rows = chosen.to(cond[key].device).reshape(-1, *[1] * (cond[key].dim() - 1))
+            found[key] = torch.where(rows, nothing[key].to(cond[key]), cond[key])
     return found
 
 
@@ -169,7 +188,7 @@ def load_tokenizer(tokenizer: str) -> Any:
     return found
 
 
-def tokenize(tokenizer: str, texts: Sequence[str], length: int) -> np.ndarray[Any, Any]:
+def tokenize(tokenizer: str, texts: Sequence[str], length: int) -> Array:
     """Token ids, int32 (B, length): start, text, end, padding; longer texts are cut and keep their end token."""
     return np.asarray(_encoded(tokenizer, texts, length)["input_ids"], np.int32).reshape(len(texts), length)
 
@@ -181,25 +200,29 @@ def cut(tokenizer: str, texts: Sequence[str], length: int) -> int:
 
 
 @torch.no_grad()
-def encode_texts(condition: Condition, texts: Sequence[str], device: str = "cpu") -> Tensor:
-    """Last hidden states of the frozen encoder, padded to `length`: float16 (B, L, D) on the CPU.
+def encode_texts(condition: Condition, texts: Sequence[str], device: str = "cpu") -> list[Array]:
+    """Last hidden states of the frozen encoder, float16 (L, D) of each text, padded to `length`; mode=masked (n, D).
 
-    CLIP sees its padding, as in StableDiffusionPipeline; other encoders mask it, as they were trained.
+    CLIP sees its padding, as in StableDiffusionPipeline; other encoders mask it, as they were trained.  No token of
+    CLIP's sees what follows it, so there too the rows of a text's own tokens are the same whatever it is padded to.
     """
-    model = load_text_encoder(condition.path, device)
-    rows = []
-    for start in range(0, len(texts), TEXTS):
-        part = list(texts[start : start + TEXTS])
+    model, masked = load_text_encoder(condition.path, device), condition.mode == "masked"
+    found: dict[str, Array] = {}
+    distinct = list(dict.fromkeys(texts))
+    for start in range(0, len(distinct), TEXTS):
+        part = distinct[start : start + TEXTS]
         encoded = _encoded(condition.tokenizer, part + [""] * (TEXTS - len(part)), condition.length)
         ids, mask = (torch.tensor(encoded[key], device=device) for key in ("input_ids", "attention_mask"))
-        hidden: Tensor = model(input_ids=ids, attention_mask=None if is_clip(model) else mask)[0][: len(part)]
-        rows.append(hidden.half().cpu())
-    found = torch.cat(rows) if rows else torch.zeros(0, condition.length, text_width(condition.path)).half()
-    if not torch.isfinite(found).all():
+        if masked:  # attention needs a row to read, also of "" where a tokenizer marks no end
+            mask[mask.sum(1) == 0, 0] = 1
+        hidden: Tensor = model(input_ids=ids, attention_mask=None if is_clip(model) else mask)[0].half()
+        for text, rows, own in zip(part, hidden.cpu(), mask.bool().cpu()):
+            found[text] = (rows[own] if masked else rows).numpy()
+    if not all(np.isfinite(rows).all() for rows in found.values()):
         raise ConfigError(
             f"conditions.*.path={condition.path!r}: its embeddings do not fit into float16, as they are stored"
         )
-    return found
+    return [found[text] for text in texts]
 
 
 @functools.lru_cache(maxsize=2)

@@ -29,9 +29,11 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """(B, C, h, w) noisy latents, (B,) timesteps, stored conditions of B rows -> prediction, like x, float32."""
         dtype = next(self.unet.parameters()).dtype
-        hidden, labels = self.conditioner(cond)
+        hidden, mask, labels = self.conditioner(cond)
         hidden = hidden if hidden is None else hidden.to(dtype)
-        made: Tensor = self.unet(x.to(dtype), t, hidden, class_labels=labels, return_dict=False)[0]
+        made: Tensor = self.unet(
+            x.to(dtype), t, hidden, class_labels=labels, encoder_attention_mask=mask, return_dict=False
+        )[0]
         return made.float()
 
 

@@ -76,7 +76,7 @@ def condition_digest(condition: Condition) -> str:
     if condition.source != "text":
         return ""
     found = {"format": FORMAT, "tokenizer": tokenizer_digest(condition.tokenizer)}
-    if condition.mode == "full":
+    if condition.mode != "tokens":
         found["encoder"] = text_encoder_digest(condition.path)
     return digest_of(found)
 

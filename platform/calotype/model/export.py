@@ -50,7 +50,7 @@ def export(
 
     check_exportable(settings)
     (name, condition) = next(iter(settings.conditions.items()))
-    if condition.mode == "full":
+    if condition.mode != "tokens":
         encoder = load_text_encoder(condition.path)
         if not is_clip(encoder):
             raise ConfigError(
@@ -80,7 +80,7 @@ def check_exportable(settings: config.TrainDenoiser) -> None:
     """Refuse, by name, what StableDiffusionPipeline has no place for.
 
     Raises:
-        ConfigError: pixel space, class labels, no condition, several conditions.
+        ConfigError: pixel space, class labels, masked text, no condition, several conditions.
     """
     if settings.autoencoder.kind == "identity":
         raise ConfigError(
@@ -94,6 +94,11 @@ def check_exportable(settings: config.TrainDenoiser) -> None:
             raise ConfigError(
                 f"conditions.{name} (kind={condition.kind}) cannot be exported: StableDiffusionPipeline is "
                 "steered by text only"
+            )
+        if condition.mode == "masked":
+            raise ConfigError(
+                f"conditions.{name}.mode=masked cannot be exported: StableDiffusionPipeline gives the UNet no mask of "
+                f"the text; train with conditions.{name}.mode=full"
             )
     if len(settings.conditions) > 1:
         raise ConfigError(

@@ -67,7 +67,7 @@ def source_of(data: Data, root: str, store: Store, manifest: Manifest) -> Callab
         own = manifest.format not in CACHES or "buckets" in manifest.meta  # the selection lists these very shards
         keep = filters.load(place, data.selection, manifest if own else dataset)
         keep = keep if own else filters.of_cache(keep, dataset, manifest)
-    return lambda split: Dataset(store, manifest.split(split), keep=keep)
+    return lambda split: Dataset(store, manifest.split(split), keep=keep, meta=manifest.meta)
 
 
 def stream(

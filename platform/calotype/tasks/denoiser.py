@@ -17,6 +17,7 @@ import numpy as np
 from calotype import runs, track
 from calotype.config import TrainDenoiser
 from calotype.data import Dataset, cache
+from calotype.data.npy import mask_of
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
 from calotype.environment import Worker
@@ -149,7 +150,7 @@ def losses(engine: Engine, diffusion: Any, part: Mapping[str, Tensor]) -> Tensor
 
 
 class Rows:
-    """Stored samples -> what a step sees: `latent`, `noise` (n, C, h, w), `timestep` (n,), `cond.<name>`.
+    """Stored samples -> what a step sees: `latent`, `noise` (n, C, h, w), `timestep` (n,), `cond.<name>[.mask]`.
 
     All that is random about a sample is drawn by its position in the stream, so it is the same on any worker.
     """
@@ -176,7 +177,8 @@ class Rows:
         # raw latents => drawn, whitened model latents
         made = cache.to_model(latent[:, 0], latent[:, 1] if gaussian else None, posterior, self.mean, self.std)
         rows = {"latent": made, "noise": noise, "timestep": torch.tensor([draw[2] for draw in draws])}
-        cond = {name: torch.from_numpy(stored[name]) for name in self.drops}
+        names = [key for name in self.drops for key in (name, mask_of(name)) if key in stored]
+        cond = {name: torch.from_numpy(stored[name]) for name in names}
         if drop:
             masks = {name: torch.tensor([draw[3][name] for draw in draws]) for name in self.drops}
             cond = dropped(cond, self.empty, masks)
@@ -242,7 +244,7 @@ class HeldOut:
         prepared = []
         for shape, size in zip(self.rows.shapes, sizes.tolist(), strict=True):
             members = groups.get(shape) or like
-            stored = cache.stacked([sample for _, sample in members], self.config.conditions)
+            stored = cache.stacked([sample for _, sample in members], self.config.conditions, self.dataset.lengths)
             rows = self.rows.of(stored, [VALIDATION + index for index, _ in members], drop=False)
             if shape not in groups:  # another worker has some: this one steps along, weightless
                 zeros = torch.zeros(1, *shape)

@@ -161,7 +161,7 @@ def stored(
     made = []
     for index, (sample, about) in enumerate(zip(samples, abouts, strict=True)):
         latent = narrowed(both[index], config.encoding.dtype, sample.key)
-        arrays = {name: array[index] for name, array in values.items()}
+        arrays = {name: forms[index] for name, forms in values.items()}
         made.append(cache.encode_sample(sample, latent, arrays, about))
     return made
 
@@ -201,14 +201,14 @@ def _about(sample: Sample, conditions: Mapping[str, Condition]) -> dict[str, Any
 
 def _conditions(
     abouts: Sequence[MutableMapping[str, Any]], conditions: Mapping[str, Condition], device: str
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Name -> (B, ...) stored forms; captions with more tokens than that holds are noted in `abouts`."""
+) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """Name -> B stored forms; captions with more tokens than that holds are noted in `abouts`."""
     from calotype.model import conditioner
 
     made = {}
     for name, condition in conditions.items():
         values = [about[condition.source] for about in abouts]
-        made[name] = conditioner.inputs(condition, values, device).cpu().numpy()
+        made[name] = conditioner.inputs(condition, values, device)
         for about in abouts if condition.source == "text" else ():
             if conditioner.cut(condition.tokenizer, [about["text"]], condition.length):
                 about.setdefault("cut", []).append(name)
