@@ -165,7 +165,8 @@ class Actors:
     def kill(self) -> None:
         import ray
 
-        for _, actor, *_ in (*self.busy.values(), *self._coming.values(), *self.idle):
+        held = [actor for _, actor, _ in self.busy.values()] + [actor for _, actor in self._coming.values()]
+        for actor in held + [actor for _, actor in self.idle]:
             ray.kill(actor)
 
     def _failed_to_start(self, why: str) -> None:
