@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from calotype import runs
 from calotype.config import Accept, Autoencoder, CacheLatents, Condition, Data, Encoding
 from calotype.data import cache, shards
-from calotype.data.manifest import DATASET, Manifest, Shard, publish_dataset
+from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset
 from calotype.data.shards import Sample
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
@@ -54,7 +55,7 @@ def text_folder(folder: Path, width: int = 16, length: int = 77) -> str:
     return str(folder)
 
 
-def dataset(root: Path, sizes: dict[str, Sequence[int]] = SIZES, caption: str = "a {}") -> Manifest:
+def dataset(root: Path | str, sizes: dict[str, Sequence[int]] = SIZES, caption: str = "a {}") -> Manifest:
     store, rows, number = open_store(str(root)).at("datasets", "toy"), [], 0
     for split, counts in sizes.items():
         for index, count in enumerate(counts):
@@ -76,7 +77,7 @@ def sample(number: int, caption: str) -> Sample:
     return Sample(f"s{number:03d}", {"png": file.getvalue(), "txt": caption.format(number).encode(), "json": about})
 
 
-def config_of(root: Path, weights: str, **changes: Any) -> CacheLatents:
+def config_of(root: Path | str, weights: str, **changes: Any) -> CacheLatents:
     encoding = Encoding(resolution=16, batch=4)
     autoencoder = Autoencoder(kind="pretrained", path=weights)
     config = CacheLatents(name="c", root=str(root), data=Data(name="toy"), autoencoder=autoencoder, encoding=encoding,
@@ -91,3 +92,21 @@ def run(config: CacheLatents, order: Callable[[list[Shard]], Sequence[Shard]] = 
 
 def latents_of(config: CacheLatents) -> Store:
     return open_store(config.root).at("latents", cache.encoding_id(cache.encoding_of(config)))
+
+
+def another_version(config: CacheLatents) -> CacheLatents:
+    """The dataset without its first shard and with a new one."""
+    store = open_store(config.root).at("datasets", "toy")
+    old = load_dataset(store)
+    extra = shards.write_shard(store, "shards/train-new-00000.tar", [sample(n, "a {}") for n in range(90, 93)], 4)
+    publish_dataset(store, replace(old, shards=(*old.shards[1:], extra)))
+    return task.resolve(replace(config, data=Data(name="toy")))
+
+
+def recorded(job: str, config: Any, finish: bool = True) -> runs.Record:
+    """A run of the job, as its driver records it."""
+    record = runs.begin(job, config, lambda _: ("", ""), lambda _: None)
+    with runs.attempt_of(record) as publish:
+        if finish:
+            publish({"images": 1})
+    return record

@@ -7,18 +7,16 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from calotype import runs
-from calotype.config import Autoencoder, CacheLatents, Data, Encoding, TrainDenoiser
-from calotype.data import cache, shards
-from calotype.data.manifest import Manifest, load_dataset, publish_dataset
+from calotype.config import Autoencoder, CacheLatents, Encoding, TrainDenoiser
+from calotype.data import cache
+from calotype.data.manifest import Manifest, load_dataset
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.tasks import cache as task
 
-from tests.caches import config_of, dataset, latents_of, run, sample
+from tests.caches import another_version, config_of, dataset, latents_of, recorded, run
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -36,15 +34,6 @@ def say(typed: Say, tmp_path: Path) -> Say:
 def config(tmp_path: Path) -> CacheLatents:
     dataset(tmp_path / "root")
     return replace(config_of(tmp_path / "root", "", autoencoder=PIXELS), name="mine")
-
-
-def recorded(job: str, config: Any, finish: bool = True) -> runs.Record:
-    """A run of the job, as its driver records it."""
-    record = runs.begin(job, config, lambda _: ("", ""), lambda _: None)
-    with runs.attempt_of(record) as publish:
-        if finish:
-            publish({"images": 1})
-    return record
 
 
 def trainer(config: CacheLatents, name: str) -> TrainDenoiser:
@@ -144,15 +133,6 @@ def test_diff_names_what_differs(config: CacheLatents, say: Say) -> None:
     assert (status, "do not differ" in out) == (0, True)
 
 
-def another_version(config: CacheLatents) -> CacheLatents:
-    """The dataset without its first shard and with a new one."""
-    store = open_store(config.root).at("datasets", "toy")
-    old = load_dataset(store)
-    extra = shards.write_shard(store, "shards/train-new-00000.tar", [sample(n, "a {}") for n in range(90, 93)], 4)
-    publish_dataset(store, replace(old, shards=(*old.shards[1:], extra)))
-    return task.resolve(replace(config, data=Data(name="toy")))
-
-
 def test_gc_deletes_what_nobody_refers_to_and_asks_first(config: CacheLatents, say: Say) -> None:
     identity = run(config)["cache"]
     recorded("cache_latents", config)
@@ -202,7 +182,8 @@ def test_a_run_under_way_keeps_what_it_will_need(config: CacheLatents, say: Say)
     recorded("cache_latents", config, finish=False)
     status, out = say("gc", "--hours", "0", "--yes")
     assert (status, "nothing under" in out) == (0, True)
-    assert len(cache.finished(latents_of(config), load_dataset(open_store(config.root).at("datasets", "toy")).shards))
+    rows = load_dataset(open_store(config.root).at("datasets", "toy")).shards
+    assert len(cache.finished(latents_of(config), rows, {})) == 1
 
 
 def test_nothing_is_deleted_beside_a_cache_that_cannot_be_read(config: CacheLatents, say: Say) -> None:

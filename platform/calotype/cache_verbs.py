@@ -6,30 +6,44 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from calotype import caches, console, runs
 from calotype.console import age, many, megabytes, size, speed
-from calotype.data import cache, garbage, statistics, verify
-from calotype.data.manifest import Manifest
-from calotype.data.shards import iterate
-from calotype.data.store import Store, open_store
-from calotype.data.threads import Told, over
+from calotype.data import cache, garbage, verify
+from calotype.data.filters import takedown_keys
+from calotype.data.manifest import Manifest, cache_versions
+from calotype.data.store import Missing, Store, open_store
 from calotype.data_verbs import family, positive
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError
 
 NAMED = 5  # runs, samples and shards that a line names
 
-VERIFY = """Read all of a cache and compare it with its manifest: the SHA-256 of every shard, the hash of every chunk,
-sidecars and numbers of samples, the encoding, and the statistics that training whitens by, computed anew.  Lists all
-that is wrong; exit status 1 if anything is."""
+VERIFY = """Repeat the gate that a cache passed when it was made, on what lies there now:
+
+  bytes    the SHA-256 of every shard, the hash of every chunk, sidecars, the encoding; numbers of samples, also beside
+           those of the dataset
+  figures  no latent is infinite or not a number; channel mean and deviation, computed anew, are those that training
+           whitens by; channels that say nothing of the image
+  images   some samples of every shard, decoded and compared with their images, within the limits that the job had
+
+Lists all that is wrong; exit status 1 if anything is.  What cannot be looked at any more (the autoencoder or the images
+are gone, or another) is said, and does not change the exit status."""
 
 GC = """Delete latent shards that no cache and no run refers to: left behind by jobs that were given up, by dataset
 versions that nobody trained on, by other encodings.  Shows what would go and asks first.
 
-A cache named as CACHE is given up: its manifest goes too, and with it the shards that no other cache or run needs.
-It is refused while a run that trained on it is there."""
+A cache named as CACHE is given up: its manifests go too, and with them the shards that no other cache or run needs.
+It is refused while a run that trained on it is there.
+
+--takedown FILE takes samples out of the bytes: every latent shard of every encoding that holds some is written anew
+without them, every cache that names it gets a newer manifest, and then the old shards are deleted, whatever their age.
+No job encodes these samples again.  Killed in the middle, the same command finishes it.  Older manifests can still be
+read (`calotype cache show CACHE --digest D`); a training run that began with one cannot go on, for its order is gone:
+start a new one from its weights with denoiser.init_from=run:NAME.  Images in datasets stay: they are named.  Chunks on
+local disks (stream.cache) go when others take their room."""
 
 
 def add_to(verbs: Any) -> None:
@@ -39,9 +53,10 @@ def add_to(verbs: Any) -> None:
 
     listed = verb("ls", "list the caches under a root: encoding, size, progress, age, which runs use it", _list)
     shown = verb("show", "what a cache is: its encoding, statistics, acceptance report, what was left out", _show)
-    verified = verb("verify", "hash every byte again, and compute the statistics anew", _verify, VERIFY)
+    verified = verb("verify", "the gate again: every byte hashed, statistics, samples decoded", _verify, VERIFY)
+    shown.add_argument("--digest", default="", help="of an older manifest, or how it begins (default: the newest)")
     compared = verb("diff", "in what two caches differ; exit status 1 if they do", _diff)
-    collected = verb("gc", "delete latents that no cache and no run refers to", _gc, GC)
+    collected = verb("gc", "delete latents that nobody refers to, or samples that were taken down", _gc, GC)
     reference = "its id or how that begins, or the name of its cache_latents run"
     for one in (shown, verified):
         one.add_argument("reference", metavar="CACHE", help=reference)
@@ -50,6 +65,10 @@ def add_to(verbs: Any) -> None:
     for one in (listed, shown):
         one.add_argument("--json", action="store_true", help="for programs")
     verified.add_argument("--jobs", type=positive, default=8, metavar="N", help="shards at once (default %(default)s)")
+    verified.add_argument(
+        "--samples", type=int, metavar="N", help="decoded of each shard (default: as many as its job did; 0: none)"
+    )
+    collected.add_argument("--takedown", metavar="FILE", help="a text file of keys, here or s3://, one per line")
     collected.add_argument("--yes", action="store_true", help="do not ask")
     collected.add_argument(
         "--hours", type=float, default=24.0, help="spare what is younger (default %(default)s): its job may still run"
@@ -119,6 +138,12 @@ def _as_json(one: caches.Known, names: dict[str, list[str]]) -> dict[str, Any]:
 
 def _show(args: argparse.Namespace) -> int:
     one, names = caches.found_by(args.root, args.reference), runs.names(args.root)
+    newest, older = one.manifest, caches.older(args.root, one)
+    if args.digest:
+        fitting = [made for made in (newest, *older) if made and made.digest.startswith(args.digest)]
+        if not fitting:
+            raise CalotypeError(f"cache {one.id[:8]} has no manifest {args.digest}: `calotype cache show` lists them")
+        one.manifest = fitting[0]
     if args.json:
         print(json.dumps(_as_json(one, names), indent=1))
         return 0
@@ -140,10 +165,19 @@ def _show(args: argparse.Namespace) -> int:
             ["made on", "; ".join(meta["devices"])],
             ["manifest", one.manifest.digest],
         ]
+        rows += [["older manifest", _superseded(made, newest)] for made in older if one.manifest is newest]
+        rows += [["since then", _superseded(one.manifest, newest)]] if one.manifest is not newest else []
     lies = f"{open_store(args.root).uri}/latents/{cache.encoding_id(one.encoding)}" if one.encoding else ""
     rows += [["shards at", lies], ["made by", _named(one.makers, names)], ["used by", _named(one.users, names)]]
     console.table(f"latent cache {one.id[:8]}", ["what", "value"], rows)
     return 0
+
+
+def _superseded(made: Manifest, newest: Manifest | None) -> str:
+    """What became of an older manifest's shards."""
+    there = {shard.key for shard in newest.shards} if newest else set()
+    gone = sum(shard.key not in there for shard in made.shards)
+    return f"{made.digest}: samples of {gone:,} of its {many(len(made.shards), 'shard')} were taken down"
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -169,37 +203,35 @@ def _left_out(lost: Sequence[dict[str, Any]]) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from calotype.tasks import verify as gate
+
     one, manifest, latents = caches.finished(args.root, args.reference)
     began, total = time.monotonic(), 2 * one.bytes
+    found = gate.counts(args.root, manifest)
+    merged: dict[str, Any] = {}
     with megabytes(total, f"verify {one.id[:8]}") as told:
-        wrong = verify.verify(latents, manifest, args.jobs, lambda done, _: told(done, total))
-        wrong += check_statistics(latents, manifest, args.jobs, total, told) if not wrong else []
-    if latents.read("encoding.json") != json.dumps(one.encoding, indent=1, sort_keys=True).encode():
-        wrong.append(f"{latents.uri}/encoding.json is not the encoding of the manifest: it was changed")
-    for what in wrong:
+        damaged = verify.verify(latents, manifest, args.jobs, lambda done, _: told(done, total))
+        if not damaged:
+            strange, merged = gate.figures(latents, manifest, args.jobs, total, total // 2, told)
+            found.wrong += strange.wrong
+    took = time.monotonic() - began
+    found.wrong += damaged + _encoding_changed(latents, one)
+    if merged:
+        seen = gate.images(one, args.root, latents, merged, args.samples, args.jobs)
+        found = gate.Found(found.wrong + seen.wrong, found.said + seen.said)
+    for what in (*found.wrong, *found.said):
         print(what)
-    said = "all as its manifest says" if not wrong else f"{many(len(wrong), 'thing')} wrong, above"
+    said = "all as its manifest says" if not found.wrong else f"{many(len(found.wrong), 'thing')} wrong, above"
     read = f"{many(len(manifest.shards), 'shard')}, {many(one.samples, 'sample')}"
-    print(f"cache {one.id[:8]}: {read}, {speed(one.bytes, time.monotonic() - began)}: {said}")
-    return 1 if wrong else 0
+    print(f"cache {one.id[:8]}: {read}, {speed(one.bytes, took)}: {said}")
+    return 1 if found.wrong else 0
 
 
-def check_statistics(latents: Store, manifest: Manifest, jobs: int, total: int, told: Told) -> list[str]:
-    """What training whitens by, computed anew from all latents."""
-
-    def sums(shard: Any, passed: Callable[[int], None]) -> Any:
-        found = statistics.of_samples(iterate(latents, [shard]))
-        passed(shard.bytes)
-        return found
-
-    done = total // 2
-    try:
-        merged = statistics.merge(over(manifest.shards, sums, jobs, total, done, told))
-    except DataError as error:
-        return [str(error)]
-    differing = [name for name in ("channel_mean", "channel_std") if merged[name] != manifest.meta[name]]
-    return [f"{name} of the manifest is {_numbers(manifest.meta[name])}, of its latents {_numbers(merged[name])}"
-            for name in differing]  # fmt: skip
+def _encoding_changed(latents: Store, one: caches.Known) -> list[str]:
+    with suppress(Missing):
+        if latents.read("encoding.json") == json.dumps(one.encoding, indent=1, sort_keys=True).encode():
+            return []
+    return [f"{latents.uri}/encoding.json is not the encoding of the manifest: it was changed"]
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -232,6 +264,8 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _gc(args: argparse.Namespace) -> int:
+    if args.takedown is not None:
+        return _take_down(args)
     root = open_store(args.root)
     given_up = [caches.found_by(args.root, reference) for reference in args.references]
     for one in given_up:
@@ -250,14 +284,12 @@ def _gc(args: argparse.Namespace) -> int:
         about = _words(json.loads(root.at("latents", encoding).read("encoding.json")))
         rows.append([f"latents/{encoding[:8]}", "", about, shards, size(sum(entry.size for entry in entries))])
     console.table(f"to be deleted under {args.root}", ["what", "dataset", "encoding", "shards", "size"], rows)
-    if not args.yes:
-        if not sys.stdin.isatty():
-            raise CalotypeError("nothing is deleted without a word: say --yes where there is no terminal to ask on")
-        if input(f"Delete {size(total)}? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("nothing was deleted")
-            return 1
+    if not _agreed(args, f"Delete {size(total)}?"):
+        return 1
     for one in given_up:
-        root.at("caches", one.id).delete("manifest.json")  # first: nobody may find it half
+        place = root.at("caches", one.id)
+        for key in cache_versions(place):  # first, and the newest last: nobody may find it half
+            place.delete(key)
         for maker in one.makers:
             maker.store.delete("result.json")  # the same command makes it again
     still = garbage.find(root, caches.kept(args.root, ids), args.hours * 3600)  # somebody may have begun meanwhile
@@ -266,3 +298,66 @@ def _gc(args: argparse.Namespace) -> int:
     garbage.delete(root, going)
     print(f"{size(sum(entry.size for entries in going.values() for entry in entries))} deleted")
     return 0
+
+
+def _agreed(args: argparse.Namespace, question: str) -> bool:
+    """
+    Raises:
+        CalotypeError: there is nobody to ask.
+    """
+    if args.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise CalotypeError("nothing is deleted without a word: say --yes where there is no terminal to ask on")
+    agreed = input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    if not agreed:
+        print("nothing was deleted")
+    return agreed
+
+
+def _take_down(args: argparse.Namespace) -> int:
+    from calotype.tasks import takedown
+
+    keys = takedown_keys(args.takedown, "--takedown ")
+    if args.references:
+        raise CalotypeError("--takedown is for all caches: give one up in a command of its own")
+    if not keys:
+        raise CalotypeError(f"--takedown {args.takedown} names no key: write one per line")
+    found = takedown.survey(args.root, keys)
+    if found.unknown:
+        told = f"{found.unknown:,} of {len(keys):,}"
+        print(f"keys of the list that are in no dataset and no latents under {args.root}: {told}")
+    if not found.hits and not found.stale and not found.caches:
+        return 0
+    if found.unmarked or found.stale or found.caches:
+        _show_takedown(args.root, found)
+        total = sum(entry.size for entries in found.stale.values() for entry in entries)
+        samples = many(sum(map(len, found.hits.values())), "sample")
+        if not _agreed(args, f"Take down {samples}, and delete {size(total)} of old latents?"):
+            return 1
+        print(f"{size(takedown.take_down(args.root, found))} deleted")
+    else:
+        print("no latents hold the others: they were taken down before, or never encoded")
+    for name, (images, held) in found.places().items():
+        lie = f"of {many(images, 'sample')} still lie in {many(held, 'shard')} of {args.root}/datasets/{name}"
+        print(f"the images {lie}: take them out of its source, and prepare it again")
+    return 0
+
+
+def _show_takedown(root: str, found: Any) -> None:
+    """What would be written anew, and whose training ends with it."""
+    names = runs.names(root)
+    rows: list[list[Any]] = []
+    for one in found.caches:
+        mine = found.rows(one.manifest)
+        lost, held = found.lost(mine), size(sum(row.bytes for row in mine))
+        users = _named(one.users, names)
+        rows.append([f"cache {one.id[:8]}", one.dataset, _words(one.encoding), lost, len(mine), held, users])
+    for encoding, entries in found.stale.items():
+        tars = [entry for entry in entries if entry.key.endswith(".tar")]
+        held = size(sum(entry.size for entry in entries))
+        rows.append([f"latents/{encoding[:8]}", "", "", "", len(tars), held, ""])
+    columns = ["what", "dataset", "encoding", "samples", "shards", "size", "used by"]
+    console.table(f"to be taken down under {root}", columns, rows)
+    if any(one.users for one in found.caches):
+        print("runs that use them cannot go on: start new ones from their weights with denoiser.init_from=run:NAME")

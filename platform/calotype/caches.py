@@ -9,9 +9,9 @@ from typing import Any
 from calotype import compose, runs
 from calotype.config import JOBS
 from calotype.console import many
-from calotype.data import cache
+from calotype.data import cache, takedowns
 from calotype.data.elsewhere import dataset_store
-from calotype.data.manifest import CACHES, Manifest, load_dataset
+from calotype.data.manifest import Manifest, cache_manifest, cache_versions, load_dataset
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import CalotypeError, DataError
 
@@ -57,15 +57,13 @@ def known(root: str) -> list[Known]:
     """Every cache that is finished or that a run refers to, newest first."""
     store, found = open_store(root), dict[str, Known]()
     for name in store.folders("caches"):
+        place = store.at("caches", name)
         try:
-            data = store.at("caches", name).read("manifest.json")
-            made = Manifest.from_bytes(data)
-            if made.format not in CACHES:
-                raise DataError(f"a {made.format}")
+            made = cache_manifest(place)
             found[name] = Known(name, made.meta["encoding"], made.name, made.meta["dataset"], made)
         except (Missing, DataError, KeyError) as error:
             found[name] = Known(name, {}, "", "", error=f"unreadable: {error}")
-        found[name].modified = next((e.modified for e in store.at("caches", name).list("manifest.json")), 0.0)
+        found[name].modified = max((entry.modified for entry in place.list("manifest")), default=0.0)
     for record, encoding, digest, dataset in references(root):
         identity = cache.cache_id(cache.encoding_id(encoding), digest)
         one = found.setdefault(identity, Known(identity, encoding, dataset, digest, modified=record.created))
@@ -91,7 +89,8 @@ def _progress(store: Store, one: Known) -> None:
         one.error = f"its dataset is gone: {error}"
         return
     one.shards = len(rows)
-    one.done = len(cache.finished(store.at("latents", cache.encoding_id(one.encoding)), rows))
+    latents = store.at("latents", cache.encoding_id(one.encoding))
+    one.done = len(cache.finished(latents, rows, takedowns.everything(store)))
 
 
 def found_by(root: str, reference: str) -> Known:
@@ -122,8 +121,14 @@ def finished(root: str, reference: str) -> tuple[Known, Manifest, Store]:
     return one, one.manifest, open_store(root).at("latents", cache.encoding_id(one.encoding))
 
 
+def older(root: str, one: Known) -> list[Manifest]:
+    """Manifests of a cache that newer ones took the place of when samples were taken down, newest first."""
+    place = open_store(root).at("caches", one.id)
+    return [Manifest.from_bytes(place.read(key)) for key in reversed(cache_versions(place)[:-1])]
+
+
 def kept(root: str, given_up: Collection[str]) -> dict[str, set[str]]:
-    """E -> SHA-256 of the source shards whose latents a cache or run refers to.
+    """E -> latent shards, by their keys without endings, that a cache or run refers to.
 
     Args:
         given_up: ids of caches that do not count, nor their runs.
@@ -132,14 +137,17 @@ def kept(root: str, given_up: Collection[str]) -> dict[str, set[str]]:
         CalotypeError: of one it cannot be told.
     """
     found: dict[str, set[str]] = {}
+    taken = takedowns.everything(open_store(root))
     for one in known(root):
         if one.id in given_up:
             continue
         if one.manifest is None and not one.encoding:
             raise CalotypeError(f"cache {one.id} is {one.state}: nobody knows what it needs, so nothing is deleted")
-        mine = found.setdefault(cache.encoding_id(one.encoding), set())
+        keys: Iterable[str] = ()
         if one.manifest is not None:
-            mine.update(shard.source_sha256 for shard in one.manifest.shards)
+            keys = (shard.key for shard in one.manifest.shards)
         elif not one.error:
-            mine.update(shard.sha256 for shard in load_dataset(dataset_store(root, one.dataset), one.digest).shards)
+            rows = load_dataset(dataset_store(root, one.dataset), one.digest).shards
+            keys = (cache.latent_key(shard, taken.get(shard.sha256, ())) for shard in rows)
+        found.setdefault(cache.encoding_id(one.encoding), set()).update(key.removesuffix(".tar") for key in keys)
     return found

@@ -282,6 +282,7 @@ class TrainDenoiser(Job):
     autoencoder: Autoencoder = setting(Autoencoder, "")
     encoding: Encoding = setting(Encoding, "")
     conditions: dict[str, Condition] = setting({}, "name -> condition")
+    cache: str = setting("", "digest of the latent cache's manifest; filled in on submit", identity=False)
     denoiser: Denoiser = setting(Denoiser, "")
     diffusion: Diffusion = setting(Diffusion, "")
     optim: Optim = setting(Optim, "")

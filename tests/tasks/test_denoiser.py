@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -348,3 +349,45 @@ def test_resolve_refuses_early(root: str) -> None:
     nothing = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, init_from="run:none"))
     with pytest.raises(CalotypeError, match="none"):
         denoiser.resolve(nothing)
+
+
+def test_a_run_does_not_go_on_in_a_cache_that_lost_samples(root: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """It holds its manifest: what it has drawn with stays, but its order is gone."""
+    from calotype import runs
+    from calotype.tasks import sample, takedown
+    from calotype.train import loop
+
+    shutil.copytree(root, tmp_path / "root")
+    config = denoiser.resolve(settings(str(tmp_path / "root"), images=2 * BATCH))
+    other = denoiser.resolve(dataclasses.replace(config, seed=4, name="other"))
+    record = runs.begin("train_denoiser", config, lambda _: ("", ""), lambda _: None)
+    with runs.attempt_of(record) as publish:
+        publish(denoiser.train(config, Worker(), record))
+    before = cache.load_cache(open_store(config.root), config)
+    beside = runs.begin("train_denoiser", other, lambda _: ("", ""), lambda _: None)
+    real = loop.run
+
+    def while_it_reads(*args: Any) -> Any:
+        takedown.take_down(config.root, takedown.survey(config.root, frozenset({"train003", "train040"})))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run", while_it_reads)
+        with pytest.raises(CalotypeError, match=r"train_denoiser other began .* taken down since.* with another seed"):
+            denoiser.train(other, Worker(), beside)
+    now = cache.load_cache(open_store(config.root), config)
+    assert (now.totals()["train"]["samples"], before.totals()["train"]["samples"]) == (68, 70)
+    model = sample.load_denoiser(record)
+    assert list(model.std) == before.meta["channel_std"] != now.meta["channel_std"]
+
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, images=4 * BATCH))
+    assert denoiser.resolve(config).cache == now.digest  # what is finished stays finished
+    assert runs.done("train_denoiser", config)
+    for go_on in (lambda: denoiser.resolve(longer), lambda: denoiser.train(longer, Worker(), record)):
+        with pytest.raises(CalotypeError, match=r"new run from its weights, with denoiser\.init_from=run:test and"):
+            go_on()
+    start = dataclasses.replace(longer.denoiser, init_from="run:test")
+    new = denoiser.resolve(dataclasses.replace(longer, denoiser=start, name="new"))
+    again = runs.begin("train_denoiser", new, lambda _: ("", ""), lambda _: None)
+    assert denoiser.train(new, Worker(), again)["images"] == 4 * BATCH
+    assert list(sample.load_denoiser(again).std) == now.meta["channel_std"]

@@ -7,8 +7,10 @@
               <sha>.sidecar.json       written last: the shard is finished
               <sha>.made.json          a hint: statistics of the shard, samples left out, the machine that made it
               <sha>.lease              a hint: a worker has the shard in hand (lease.py)
+              <sha>-<taken>.tar        the same without samples that were taken down (takedowns.py), in its place
     caches/<cache id>/manifest.json    E and one dataset version: its latent shards, channel statistics and acceptance
                                        report (tasks/accept.py); written last
+                      manifests/000002.json  of the same cache after samples were taken down; the newest counts
 
 Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
 encoding is deterministic; `<condition>.npy` a class number (), token ids (length,), embeddings (length, D), or (n, D)
@@ -20,6 +22,7 @@ draws and scaling happen when they are read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,10 +34,11 @@ from calotype.compose import digest_of
 from calotype.config import CacheLatents, Condition, Encoding, TrainDenoiser
 from calotype.data.buckets import Size
 from calotype.data.images import PREPROCESSING
-from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset, sidecar_key
+from calotype.data.manifest import Manifest, Shard, cache_manifest, cache_versions, load_dataset, sidecar_key
 from calotype.data.npy import from_npy, mask_of, padded, to_npy
 from calotype.data.shards import Sample, columns_of
 from calotype.data.store import Missing, Store
+from calotype.data.takedowns import Taken, everything, gone
 from calotype.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -138,26 +142,44 @@ def latents_of(root: Store, encoding: Mapping[str, Any]) -> Store:
 # --------------------------------------------------------------------------------------------- loading
 
 
-def find_cache(root: Store, config: CacheLatents | TrainDenoiser) -> Manifest | None:
-    """The finished cache of a resolved config, or None."""
-    encoding = encoding_of(config)
-    store = root.at("caches", cache_id(encoding_id(encoding), config.data.digest))
+def cache_store(root: Store, config: CacheLatents | TrainDenoiser) -> Store:
+    """`caches/<cache id>` of a resolved config."""
+    return root.at("caches", cache_id(encoding_id(encoding_of(config)), config.data.digest))
+
+
+def find_cache(root: Store, config: CacheLatents | TrainDenoiser, digest: str = "") -> Manifest | None:
+    """The finished cache of a resolved config, or None.
+
+    Args:
+        digest: of an older manifest; the newest if empty.
+    """
+    store = cache_store(root, config)
     try:
-        found = Manifest.from_bytes(store.read("manifest.json"))
+        found = cache_manifest(store, digest)
     except Missing:
         return None
-    if found.format not in CACHES or found.meta["encoding"] != encoding or found.meta["dataset"] != config.data.digest:
-        raise DataError(f"{store.uri}/manifest.json is not the manifest of this cache: it was changed")
+    if found.meta["encoding"] != encoding_of(config) or found.meta["dataset"] != config.data.digest:
+        raise DataError(f"{store.uri} holds a manifest that is not of this cache: it was changed")
     return found
 
 
-def load_cache(root: Store, config: CacheLatents | TrainDenoiser) -> Manifest:
+def held_digest(root: Store, config: TrainDenoiser) -> str:
+    """Digest of the manifest that a run of this config began with; a run that says none began with the first."""
+    store = cache_store(root, config)
+    versions = cache_versions(store)
+    return config.cache or (hashlib.sha256(store.read(versions[0])).hexdigest() if versions else "")
+
+
+def load_cache(root: Store, config: CacheLatents | TrainDenoiser, digest: str = "") -> Manifest:
     """The cache that a resolved config trains on; its shards lie in `root.at("latents", encoding_id(...))`.
+
+    Args:
+        digest: of an older manifest, some of whose shards may be gone; the newest if empty.
 
     Raises:
         DataError: there is none, and what the nearest one differs in; or its labels do not fit the config.
     """
-    found = find_cache(root, config)
+    found = find_cache(root, config, digest)
     if found is None:
         raise DataError(_why_missing(root, config))
     for name, condition in config.conditions.items():
@@ -173,7 +195,8 @@ def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
     encoding, name = encoding_of(config), config.data.name
     make = "run the job `cache_latents` with the same data, autoencoder, encoding and conditions"
     shards = load_dataset(root.at("datasets", name), config.data.digest).shards
-    done = finished(root.at("latents", encoding_id(encoding)), shards)
+    taken = everything(root)
+    done = finished(root.at("latents", encoding_id(encoding)), shards, taken)
     if done:
         return (
             f"the latent cache of dataset {name} is not finished ({len(done)} of {len(shards)} shards encoded): {make}"
@@ -185,7 +208,7 @@ def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
         except Missing:
             continue
         differing = differences(other, encoding)
-        if finished(root.at("latents", folder), shards) and (not nearest or len(differing) < len(nearest)):
+        if finished(root.at("latents", folder), shards, taken) and (not nearest or len(differing) < len(nearest)):
             nearest = differing
     if not nearest:
         return f"dataset {name} has no latent cache under {root.uri}: {make}"
@@ -223,15 +246,34 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return made
 
 
-def finished(latents: Store, shards: Iterable[Shard]) -> list[Shard]:
-    """Those source shards whose latents are committed, by one listing."""
+def finished(latents: Store, shards: Iterable[Shard], taken: Taken) -> list[Shard]:
+    """Those source shards whose latents are committed, or all taken down, by one listing."""
     there = {entry.key for entry in latents.list()}
-    return [shard for shard in shards if sidecar_key(latent_key(shard)) in there]
+
+    def done(shard: Shard) -> bool:
+        key = latent_key(shard, taken.get(shard.sha256, ()))
+        return sidecar_key(key) in there or gone(shard, taken)
+
+    return [shard for shard in shards if done(shard)]
 
 
-def latent_key(source: Shard) -> str:
+def latent_key(source: Shard, taken: Collection[str] = ()) -> str:
     """Key of the latent shard of a source shard, in `latents/E`."""
-    return f"{source.sha256}.tar"
+    return latent_key_of(source.sha256, taken)
+
+
+def latent_key_of(source_sha256: str, taken: Collection[str] = ()) -> str:
+    """
+    Args:
+        taken: marks of its samples that were taken down.
+    """
+    lost = hashlib.sha256(" ".join(sorted(taken)).encode()).hexdigest()[:16]
+    return f"{source_sha256}-{lost}.tar" if taken else f"{source_sha256}.tar"
+
+
+def source_of(stem: str) -> str:
+    """SHA-256 of the source shard that a file of `latents/E` belongs to, by its name without endings."""
+    return stem.partition("-")[0]
 
 
 def source_rows(latents: Store, shard: Shard, lost: Collection[int]) -> list[int]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from calotype.data.draws import Ints
 from calotype.data.elsewhere import dataset_store
-from calotype.data.manifest import CACHES, Manifest, Shard, load_dataset
+from calotype.data.manifest import Manifest, Shard, cache_manifest, load_dataset
 from calotype.data.shards import Sample, iterate
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import ConfigError, DataError
@@ -124,13 +124,11 @@ def open_cache(root: str, cache: str, split: str = "train", weight: float = 1.0)
 
     found = open_store(root).at("caches", cache)
     try:
-        manifest = Manifest.from_bytes(found.read("manifest.json"))
+        manifest = cache_manifest(found)
     except Missing as error:
         have = ", ".join(open_store(root).folders("caches")) or "none"
         raise DataError(f"there is no finished cache {cache!r} under {root} (but {have}): `calotype runs show NAME` of "
                         "a cache_latents run tells its id") from error  # fmt: skip
-    if manifest.format not in CACHES:
-        raise DataError(f"{found.uri}/manifest.json is no latent cache but a {manifest.format}")
     latents = open_store(root).at("latents", encoding_id(manifest.meta["encoding"]))
     return replace(_opened(latents, manifest, split), weight=weight)
 

@@ -38,8 +38,11 @@ Bits = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
 
 
-def takedown_keys(uri: str) -> frozenset[str]:
+def takedown_keys(uri: str, setting: str = "data.takedown=") -> frozenset[str]:
     """Keys of a list: a text file, here or in S3, one per line; lines that begin with # are remarks.
+
+    Args:
+        setting: what the user typed before the URI, for the error.
 
     Raises:
         ConfigError: it is not there, or not text.
@@ -49,7 +52,7 @@ def takedown_keys(uri: str) -> frozenset[str]:
         text = open_store(folder).read(name) if "://" in uri else Path(uri).expanduser().read_bytes()
         lines = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
     except (OSError, Missing, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.takedown={uri!r} cannot be read as a text file of keys ({error})") from error
+        raise ConfigError(f"{setting}{uri!r} cannot be read as a text file of keys ({error})") from error
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
@@ -202,6 +205,8 @@ def _lost(cache: Manifest) -> dict[str, list[int]]:
     """Key of a source shard -> its rows that have no latent."""
     lost: dict[str, list[int]] = {}
     for one in cache.meta.get("quarantined", ()):
+        if one["row"] < 0:
+            raise DataError(f"nobody knows any more which samples of {one['shard']} the cache lacks: encode it again")
         lost.setdefault(one["shard"], []).append(one["row"])
     return lost
 

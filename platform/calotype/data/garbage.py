@@ -18,20 +18,25 @@ def find(root: Store, kept: Mapping[str, Collection[str]], spared: float) -> dic
     """E -> files in `latents/E` that may go; `encoding.json` too, where nothing else is left.
 
     Args:
-        kept: E -> SHA-256 of the source shards whose latents are referred to.
+        kept: E -> latent shards that are referred to, by their keys without endings.
         spared: seconds: files younger than that stay, for the job that wrote them may not have told anybody yet.
     """
     found: dict[str, list[Entry]] = {}
     for encoding in root.folders("latents"):
         entries = list(root.at("latents", encoding).list())
         mine = kept.get(encoding, ())
-        lost = [entry for entry in entries if entry.key.partition(".")[0] not in mine or entry.key.endswith(LEASE)]
+        lost = [entry for entry in entries if stem(entry) not in mine or entry.key.endswith(LEASE)]
         lost = [entry for entry in lost if entry.modified < time.time() - spared]
         if len(lost) < len(entries):
             lost = [entry for entry in lost if entry.key != "encoding.json"]
         if lost:
             found[encoding] = lost
     return found
+
+
+def stem(entry: Entry) -> str:
+    """What the files of one latent shard have in common."""
+    return entry.key.partition(".")[0]
 
 
 def delete(root: Store, found: Mapping[str, Sequence[Entry]]) -> None:

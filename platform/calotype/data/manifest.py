@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from calotype.data.store import Store
+from calotype.data.store import Missing, Store
 from calotype.errors import DataError
 
 DATASET, CACHE = "calotype.dataset/2", "calotype.cache/2"
 DATASETS, CACHES = (DATASET, "calotype.dataset/1"), (CACHE, "calotype.cache/1")  # of v1, rows lack the last two
+FIRST = "manifest.json"  # of a cache
+_VERSION = re.compile(r"manifests/\d{6,}\.json")
 MAX_CHUNKS = 2**20  # of one shard: a row of a few bytes must not ask for memory without end
 
 
@@ -197,5 +200,42 @@ def load_dataset(store: Store, digest: str = "") -> Manifest:
 
 def versions_of(store: Store) -> list[str]:
     """Keys of a dataset's manifests, oldest first."""
-    keys = [entry.key for entry in store.list("manifests/") if re.fullmatch(r"manifests/\d{6,}\.json", entry.key)]
-    return sorted(keys, key=lambda key: int(Path(key).stem))
+    return _numbered(entry.key for entry in store.list("manifests/"))
+
+
+def _numbered(keys: Iterable[str]) -> list[str]:
+    return sorted((key for key in keys if _VERSION.fullmatch(key)), key=lambda key: int(Path(key).stem))
+
+
+# -------------------------------------------------------------------------------------------- caches
+
+
+def cache_versions(store: Store) -> list[str]:
+    """Keys of a cache's manifests, oldest first: the job's, then one for every time that samples were taken down."""
+    keys = [entry.key for entry in store.list("manifest")]
+    return [key for key in keys if key == FIRST] + _numbered(keys)
+
+
+def cache_manifest(store: Store, digest: str = "") -> Manifest:
+    """The newest manifest of a cache, or the newest whose digest begins so.
+
+    Raises:
+        Missing: there is none.
+        DataError: it is not the manifest of a cache.
+    """
+    for key in reversed(cache_versions(store)):
+        data = store.read(key)
+        if hashlib.sha256(data).hexdigest().startswith(digest):
+            found = Manifest.from_bytes(data)
+            if found.format not in CACHES:
+                raise DataError(f"{store.uri}/{key} is no latent cache but a {found.format}")
+            return found
+    raise Missing(f"{store.uri} has no manifest" + (f" with digest {digest}" if digest else ""))
+
+
+def publish_cache(store: Store, manifest: Manifest, newest: str = "") -> bool:
+    """Make it the manifest of a cache, or the one that takes the place of `newest`; False if there is one already."""
+    if not newest:
+        return store.publish(FIRST, manifest.to_bytes())
+    number = 1 if newest == FIRST else int(Path(newest).stem)
+    return store.publish(f"manifests/{number + 1:06d}.json", manifest.to_bytes())

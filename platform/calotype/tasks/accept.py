@@ -30,6 +30,10 @@ SLACK = 3.0  # dB that a cache may stay behind its autoencoder's own held-out im
 NAMED = 5  # samples that a refusal names
 
 
+class Stranger(DataError):
+    """A latent of a sample that its source shard does not have."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """A stored sample, decoded.  dB against its image; `fresh` of the same image encoded anew, in float32."""
@@ -57,6 +61,9 @@ def decoded(
     Returns:
         how good each is, and (2n, 3, S, S) in [-1, 1] on the CPU: images and reconstructions in turn, smaller ones
         framed in white.
+
+    Raises:
+        DataError: bytes are missing or damaged; Stranger: the source shard has other samples.
     """
     import torch
 
@@ -64,9 +71,14 @@ def decoded(
 
     chosen, f = _chosen(cached[1], count), config.autoencoder.f
     rows = cache.source_rows(*cached, lost)
+    if max(rows) >= original[1].samples:
+        raise Stranger(f"{cached[1].key} holds more samples than {original[0].where(original[1].key)} has")
     sources = shards.read_rows(*original, [rows[at] for at in chosen])
     found, pictures = [], []
     for source, stored in zip(sources, shards.read_rows(*cached, chosen), strict=True):
+        if source.key != stored.key:
+            where = original[0].where(original[1].key)
+            raise Stranger(f"a latent of sample {stored.key} lies in the place of {source.key} of {where}")
         latent = torch.from_numpy(cache.decode_sample(stored, ())["latent"][:1].astype(np.float32))
         size = latent.shape[-1] * f, latent.shape[-2] * f
         real = images.signed(torch.from_numpy(encode.decoded(source, config, size).pixels[None]))
@@ -122,11 +134,12 @@ def check(found: Mapping[str, Any], channels: int, accept: Accept, where: str) -
     Raises:
         DataError: the cache that `found` is the report of is outside the limits; all that is wrong with it.
     """
-    if wrong := list(_wrong(found, channels, accept)):
-        raise DataError(f"the latents of {where} are not accepted, and no cache is committed: {'; '.join(wrong)}")
+    if sentences := list(wrong(found, channels, accept)):
+        raise DataError(f"the latents of {where} are not accepted, and no cache is committed: {'; '.join(sentences)}")
 
 
-def _wrong(found: Mapping[str, Any], channels: int, accept: Accept) -> Iterator[str]:
+def wrong(found: Mapping[str, Any], channels: int, accept: Accept) -> Iterator[str]:
+    """What is outside the limits, a clause each."""
     if len(found["collapsed"]) > accept.collapsed * channels:
         yield (
             f"the posterior of channels {found['collapsed']} of {channels} says nothing of the image, which is more "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, replace
 from functools import partial
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from calotype import runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
-from calotype.data import cache, get, lease, shards, statistics
+from calotype.data import cache, get, lease, shards, statistics, takedowns
 from calotype.data.elsewhere import dataset_store
-from calotype.data.manifest import CACHE, Manifest, Shard, load_dataset
+from calotype.data.manifest import CACHE, Manifest, Shard, cache_manifest, load_dataset, publish_cache
 from calotype.data.shards import Sample
 from calotype.data.store import Missing, Store, open_store
 from calotype.environment import Held, Worker
@@ -40,6 +40,7 @@ MADE, MADE_1 = "calotype.made/2", "calotype.made/1"
 REMEMBERED: dict[str, Callable[..., Any]] = {"lost": Lost, "decoded": Decoded}
 SHOWN = 16  # images whose reconstructions are drawn
 CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
+NOT_RECORDED = "not recorded"
 READERS = 16  # sidecars read at once when a cache is committed
 
 
@@ -113,8 +114,10 @@ def plan(config: CacheLatents) -> list[Shard]:
     if cache.find_cache(root, config) is not None:
         return []
     dataset = load_dataset(_dataset_store(config), config.data.digest)
-    done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards))
-    return [shard for shard in dataset.shards if shard not in done or shard == shown(dataset)]
+    taken = takedowns.everything(root)
+    done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards, taken))
+    again = shown(dataset)
+    return [s for s in dataset.shards if s not in done or (s == again and not takedowns.gone(s, taken))]
 
 
 def shown(dataset: Manifest) -> Shard:
@@ -128,10 +131,11 @@ def shown(dataset: Manifest) -> Shard:
 def make_leased(config: CacheLatents, worker: Worker) -> Callable[..., Made | Held]:
     """As `make`, but a shard that another job has in hand is left to it, until that job gives no more signs of life."""
     work = make(config, worker)
-    latents = open_store(config.root).at("latents", cache.encoding_id(cache.encoding_of(config)))
+    root = open_store(config.root)
+    latents = root.at("latents", cache.encoding_id(cache.encoding_of(config)))
 
     def made(unit: Shard, dead: bytes | None = None) -> Made | Held:
-        key, before = cache.latent_key(unit), get.counts.retries
+        key, before = cache.latent_key(unit, takedowns.of_shard(root, unit.sha256)), get.counts.retries
         with lease.taken(latents, key, worker, dead) as theirs:
             if theirs is not None and shards.existing_shard(latents, key) is None:
                 return Held(theirs, lease.STALE)
@@ -145,8 +149,8 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
     from calotype.model import conditioner, metrics
     from calotype.model.autoencoder import load_autoencoder
 
-    source = _dataset_store(config)
-    latents = cache.latents_of(open_store(config.root), cache.encoding_of(config))
+    source, root = _dataset_store(config), open_store(config.root)
+    latents = cache.latents_of(root, cache.encoding_of(config))
     model = load_autoencoder(config.autoencoder).for_encoding(config.encoding, worker.device)
     _check_unchanged(config)
     for condition in config.conditions.values():
@@ -161,29 +165,34 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
             return found
         with encode.exactly(1) as pool:
             count = max(SHOWN, config.accept.samples) if unit == seen else config.accept.samples
-            lost = {one.row for one in found.lost}
+            lost = {one.row for one in found.lost} | takedowns.rows(source, unit, takedowns.of_shard(root, unit.sha256))
             compared = (source, unit), (latents, found.shard), lost, count, config, worker.device
             decoded, pictures = pool.submit(accept.decoded, model, *compared).result()
         new, found = not found.decoded, replace(found, decoded=decoded[: config.accept.samples])
         if new:
-            _remember(latents, found)
+            remember(latents, found)
         return replace(found, grid=metrics.grid(pictures, columns=8)) if unit == seen else found
 
     def encode_shard(unit: Shard) -> Made:
-        key = cache.latent_key(unit)
+        taken = takedowns.of_shard(root, unit.sha256)
+        key = cache.latent_key(unit, taken)
         if (there := shards.existing_shard(latents, key)) is not None:
-            return recognised(source, latents, unit, there)
+            return recognised(source, latents, unit, there, taken)
         start = time.monotonic()
         with encode.exactly(worker.threads) as pool:
             batches = encode.batches(shards.iterate(source, [unit]), config)
             work = partial(encode.batch, model, config=config, device=worker.device)
             parts = list(_in_order(pool, work, batches, ahead=2 * worker.threads))
-        latent = sorted((one for part in parts for one in part.samples), key=lambda one: (one.bucket, one.row))
-        lost = sorted((one for part in parts for one in part.lost), key=lambda one: one.row)
+        # Only now: a latent's bits depend on its place in the batch, and the others' must stay what they were.
+        kept = (one for part in parts for one in part.samples if takedowns.mark(one.sample.key) not in taken)
+        latent = sorted(kept, key=lambda one: (one.bucket, one.row))
+        left_out = (one for part in parts for one in part.lost if takedowns.mark(one.key) not in taken)
+        lost = sorted(left_out, key=lambda one: one.row)
         if not latent:
-            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({lost[0].reason})")
+            reason = lost[0].reason if lost else takedowns.REASON
+            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({reason})")
         began = time.monotonic()
-        shard, samples = _written(latents, key, latent, unit, config)
+        shard, samples = written(latents, key, latent, unit, bool(config.encoding.bucket_step))
         now = time.monotonic()
         decode, encoding = sum(part.decode for part in parts), sum(part.encode for part in parts)
         spent = Spent(worker.rank, worker.threads, now - start, decode, encoding, now - began)
@@ -212,11 +221,11 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[
         yield coming.popleft().result()
 
 
-def _written(
-    latents: Store, key: str, made: Sequence[Latent], unit: Shard, config: CacheLatents
+def written(
+    latents: Store, key: str, made: Sequence[Latent], unit: Shard, bucketed: bool
 ) -> tuple[Shard, list[Sample]]:
     """Commit a latent shard; its row and samples.  Of two writers whose machines differ in a bit the first wins."""
-    samples, bucketed = [one.sample for one in made], config.encoding.bucket_step
+    samples = [one.sample for one in made]
     columns = {cache.ROW: [one.row for one in made]} if bucketed else None
     buckets = [one.bucket for one in made] if bucketed else ()
 
@@ -235,24 +244,32 @@ def _written(
 # ---------------------------------------------------------------------------------------------- statistics
 
 
-def _remember(latents: Store, made: Made) -> None:
+def remember(latents: Store, made: Made) -> None:
     data: dict[str, Any] = {"format": MADE, "sha256": made.shard.sha256}
     data.update(statistics=made.statistics, device=made.device)
     data.update({name: [astuple(one) for one in getattr(made, name)] for name in REMEMBERED})
-    latents.publish(_made_key(made.shard), json.dumps(data, sort_keys=True).encode())
+    latents.publish(made_key(made.shard.key), json.dumps(data, sort_keys=True).encode())
 
 
-def recognised(source: Store, latents: Store, unit: Shard, shard: Shard) -> Made:
-    """A finished shard, with what its maker remembered of it; computed from its bytes, if that died in between."""
+def remembered(latents: Store, unit: Shard, shard: Shard) -> Made | None:
+    """What the maker of a latent shard left beside it; None if it died before it did."""
     try:
-        found = json.loads(latents.read(_made_key(shard)))
+        found = json.loads(latents.read(made_key(shard.key)))
     except Missing:
-        found = {}
-    if found.get("format") in (MADE, MADE_1) and found.get("sha256") == shard.sha256:
-        lost, decoded = ([kind(*one) for one in found.get(name, ())] for name, kind in REMEMBERED.items())
-        return Made(unit, shard, found["statistics"], found["device"], lost, decoded)
+        return None
+    if found.get("format") not in (MADE, MADE_1) or found.get("sha256") != shard.sha256:
+        return None
+    lost, decoded = ([kind(*one) for one in found.get(name, ())] for name, kind in REMEMBERED.items())
+    return Made(unit, shard, found["statistics"], found["device"], lost, decoded)
+
+
+def recognised(source: Store, latents: Store, unit: Shard, shard: Shard, taken: Collection[str] = frozenset()) -> Made:
+    """A finished shard, with what its maker remembered of it; computed from its bytes, if that died in between."""
+    if (found := remembered(latents, unit, shard)) is not None:
+        return found
     figures = statistics.of_samples(shards.iterate(latents, [shard]))
-    return Made(unit, shard, figures, "not recorded", _lost(source, latents, unit, shard))
+    lost = [one for one in _lost(source, latents, unit, shard) if takedowns.mark(one.key) not in taken]
+    return Made(unit, shard, figures, NOT_RECORDED, lost)
 
 
 def _lost(source: Store, latents: Store, unit: Shard, shard: Shard) -> list[Lost]:
@@ -263,13 +280,13 @@ def _lost(source: Store, latents: Store, unit: Shard, shard: Shard) -> list[Lost
     lost = []
     for row, sample in enumerate(shards.iterate(source, [unit])):
         if not kept[sample.key]:
-            lost.append(Lost(row, sample.key, "not recorded"))
+            lost.append(Lost(row, sample.key, NOT_RECORDED))
         kept[sample.key] -= 1
     return lost
 
 
-def _made_key(shard: Shard) -> str:
-    return f"{shard.key.removesuffix('.tar')}.made.json"
+def made_key(key: str) -> str:
+    return f"{key.removesuffix('.tar')}.made.json"
 
 
 # -------------------------------------------------------------------------------------------------- at the end
@@ -289,8 +306,8 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
         dataset = load_dataset(_dataset_store(config), config.data.digest)
         manifest = _manifest(config, dataset, cache.latents_of(root, encoding), encoding, results)
         store = root.at("caches", identity)
-        if not store.publish("manifest.json", manifest.to_bytes()):
-            manifest = Manifest.from_bytes(store.read("manifest.json"))
+        if not publish_cache(store, manifest):
+            manifest = cache_manifest(store)
     totals, accepted = manifest.totals().values(), manifest.meta.get("acceptance", {})
     tally = Tally(results)
     figures: dict[str, Any] = {
@@ -328,24 +345,30 @@ def manifest_encoding(manifest: Manifest) -> str:
 def _manifest(
     config: CacheLatents, dataset: Manifest, latents: Store, encoding: Mapping[str, Any], results: Sequence[Made]
 ) -> Manifest:
-    made = {result.source.sha256: result for result in results}
-    missing = [shard for shard in dataset.shards if shard.sha256 not in made]
+    taken = takedowns.everything(open_store(config.root))
+    kept = [shard for shard in dataset.shards if not takedowns.gone(shard, taken)]
+    if not kept:
+        raise DataError(f"every sample of dataset {dataset.name} was taken down: there is nothing to cache")
+    keys = {source.sha256: cache.latent_key(source, taken.get(source.sha256, ())) for source in kept}
+    made = {one.source.sha256: one for one in results if one.shard.key == keys.get(one.source.sha256)}
+    missing = [shard for shard in kept if shard.sha256 not in made]
     store = _dataset_store(config)
 
     def recognise(source: Shard) -> Made:
-        shard = shards.existing_shard(latents, cache.latent_key(source))
+        shard = shards.existing_shard(latents, keys[source.sha256])
         if shard is None:
             raise DataError(f"the latents of {source.key} are missing under {latents.uri}: run the job again")
-        return recognised(store, latents, source, shard)
+        return recognised(store, latents, source, shard, taken.get(source.sha256, ()))
 
     with ThreadPoolExecutor(READERS, "sidecars") as pool:
         made |= {found.source.sha256: found for found in pool.map(recognise, missing)}
-    in_order = [made[source.sha256] for source in dataset.shards]
+    in_order = [made[source.sha256] for source in kept]
     rows = []
-    for source, found in zip(dataset.shards, in_order, strict=True):
-        if found.shard.samples + len(found.lost) != source.samples:
+    for source, found in zip(kept, in_order, strict=True):
+        left = len(found.lost) + len(taken.get(source.sha256, ()))
+        if found.shard.samples + left != source.samples:
             raise DataError(f"{latents.uri}/{found.shard.key} has {found.shard.samples} samples, its source "
-                            f"{source.key} {source.samples}, of which {len(found.lost)} were left out")  # fmt: skip
+                            f"{source.key} {source.samples}, of which {left} were left out")  # fmt: skip
         rows.append(replace(found.shard, split=source.split))  # another version may have dealt the splits otherwise
     lost = within_budget(in_order, config)
     merged = statistics.merge(found.statistics for found in in_order)
@@ -359,7 +382,8 @@ def _manifest(
         **merged,
         "devices": sorted({found.device for found in in_order}),
         "acceptance": report,
-        "quarantined": [{"shard": source.key, **asdict(one)} for source, one in lost],
+        "quarantined": [{"shard": source.key, **asdict(one)} for source, one in lost]
+        + [one for s in dataset.shards for one in takedowns.left_out(store, s, taken.get(s.sha256, ()))],
     }
     return Manifest(CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
 

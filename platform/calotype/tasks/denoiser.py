@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calotype import runs, track
+from calotype import compose, runs, track
 from calotype.config import TrainDenoiser
 from calotype.data import Dataset, cache
 from calotype.data.npy import mask_of
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, ConfigError
+from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.model import folders
 from calotype.tasks import batches
 from calotype.tasks.cache import resolve_inputs
@@ -57,7 +57,29 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     config = replace(config, data=batches.resolve(config.data, config.root, (latents, found)))
     batches.check(config, batches.source_of(config.data, config.root, latents, found)("train"))
-    return resolve_start(config)
+    config = resolve_start(replace(config, cache=found.digest))
+    record = runs.load(config.root, compose.identity("train_denoiser", config))
+    if record is not None and not runs.done("train_denoiser", config):
+        held = cache.held_digest(root, compose.build(TrainDenoiser, record.config))
+        _refuse_superseded(record, held, found.digest)
+    return config
+
+
+def _refuse_superseded(record: runs.Record | None, held: str, newest: str) -> None:
+    """Positions in the order of one manifest mean nothing in that of another; and its shards may be gone.
+
+    Raises:
+        DataError: samples were taken down from the cache since the manifest that a run holds.
+    """
+    if record is None or newest == held:
+        return
+    way = "with another seed"
+    if checkpoint.latest(record.artifacts) is not None:
+        way = f"from its weights, with denoiser.init_from=run:{record.name} and another name"
+    raise DataError(
+        f"train_denoiser {record.name} began with manifest {held[:8]} of its cache, of which samples were taken down "
+        f"since: it cannot go on in an order that is gone; start a new run {way}"
+    )
 
 
 def resolve_start(config: TrainDenoiser) -> TrainDenoiser:
@@ -102,6 +124,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
 
     root = open_store(config.root)
     manifest = cache.load_cache(root, config)
+    _refuse_superseded(record, config.cache or manifest.digest, manifest.digest)
     latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     diffusion = Diffusion(config.diffusion)
     micro = loop.micro_batch(config, worker.world)
@@ -136,7 +159,11 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         begin=lambda tracker: tell_inputs(tracker, config, manifest),
         saved=lambda tracker, images: tell_model(tracker, record, images),
     )
-    figures = loop.run(task, config, worker, record)
+    try:
+        figures = loop.run(task, config, worker, record)
+    except DataError:
+        _refuse_superseded(record, manifest.digest, cache.load_cache(root, config).digest)
+        raise
     return {} if figures.pop("stopped") else figures
 
 

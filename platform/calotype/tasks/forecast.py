@@ -19,7 +19,7 @@ from typing import Any
 
 from calotype import compose
 from calotype.config import CacheLatents
-from calotype.data import cache, shards
+from calotype.data import cache, shards, takedowns
 from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import load_dataset
 from calotype.data.shards import Sample
@@ -60,7 +60,9 @@ def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: flo
     """
     store = dataset_store(config.root, config.data.name)
     rows = load_dataset(store, config.data.digest).shards
-    done = set(cache.finished(cache.latents_of(open_store(config.root), cache.encoding_of(config)), rows))
+    root = open_store(config.root)
+    latents, taken = cache.latents_of(root, cache.encoding_of(config)), takedowns.everything(root)
+    done = set(cache.finished(latents, rows, taken))
     samples = sum(row.samples for row in rows)
     images = sum(row.samples for row in rows if row not in done)
     many = config.encoding.batch * (1 + BATCHES) * worker.threads

@@ -180,14 +180,15 @@ def load_denoiser(record: runs.Record, ema: bool = True, digest: str = "", devic
         ema: the averaged weights, where the run keeps any.
         digest: of the checkpoint; the newest if empty.
     """
-    from calotype.data.cache import load_cache, shape_of
+    from calotype.data.cache import held_digest, load_cache, shape_of
     from calotype.model.autoencoder import load_autoencoder
     from calotype.model.denoiser import build_denoiser, load_weights
     from calotype.train import checkpoint
 
     settings = trained(record)
     chosen = newest(record, digest)
-    cache = load_cache(open_store(record.root), settings)
+    root = open_store(record.root)
+    cache = load_cache(root, settings, held_digest(root, settings))  # whose statistics its latents are whitened by
     shape = shape_of(cache.meta["encoding"])
     fresh = dataclasses.replace(settings, denoiser=dataclasses.replace(settings.denoiser, init_from=""))
     denoiser = build_denoiser(fresh, shape)
