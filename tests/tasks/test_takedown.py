@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from calotype import caches as known
 from calotype import runs
-from calotype.config import Autoencoder, CacheLatents, Data
+from calotype.config import Autoencoder, CacheLatents, Data, Encoding
 from calotype.data import Stream, cache, dataset, filters, garbage, shards, takedowns, verify
 from calotype.data.files import FolderStore
 from calotype.data.manifest import DATASET, Manifest, cache_versions, load_dataset, publish_dataset
@@ -21,9 +22,10 @@ from calotype.data.s3 import S3Store
 from calotype.data.store import Store, open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
+from calotype.tasks import batches, takedown
 from calotype.tasks import cache as task
-from calotype.tasks import takedown
 from calotype.tasks import verify as gate
+from PIL import Image
 
 from tests import caches
 from tests.caches import another_version, config_of, latents_of, recorded, run
@@ -215,6 +217,44 @@ def test_latents_whose_dataset_is_gone_lose_them_too(tmp_path: Path) -> None:
     take_down(config.root, "s011")
     assert "s011" not in keys_of(config)
     assert found(config).meta["quarantined"][-1]["row"] == -1
+
+
+def test_of_several_shapes_the_rest_stays_in_its_buckets(tmp_path: Path) -> None:
+    store, samples = open_store(str(tmp_path)).at("datasets", "toy"), []
+    for number in range(10):
+        samples.append(caches.sample(number, "a {}"))
+        picture = Image.open(io.BytesIO(samples[-1].members["png"]))
+        file = io.BytesIO()
+        (picture.rotate(90, expand=True) if number % 2 else picture).save(file, "PNG")
+        samples[-1].members["png"] = file.getvalue()
+    publish_dataset(store, Manifest(DATASET, "toy", ("json", "png", "txt"), (
+        shards.write_shard(store, "shards/0.tar", samples, 4, columns={}),
+    )))  # fmt: skip
+    encoding = Encoding(resolution=16, bucket_step=4, batch=4)
+    config = config_of(tmp_path, "", autoencoder=PIXELS, encoding=encoding)
+    run(config)
+    assert found(config).shards[0].buckets == ((0, 5), (2, 5)), found(config).shards[0].buckets
+    take_down(config.root, "s003", "s004", "s008")
+    (row,) = found(config).shards
+    assert [count for _, count in row.buckets] == [4, 3] or [count for _, count in row.buckets] == [3, 4]
+    keys = keys_of(config)
+    assert sorted(keys) == left([f"s{number:03d}" for number in range(10)], "s003", "s004", "s008")
+    assert [f"s{number:03d}" for number in cache.source_rows(latents_of(config), row, ())] == keys
+    assert gate.counts(config.root, found(config)).wrong == []
+    data = batches.resolve(
+        replace(config.data, filter=[["key", "!=", "s005"]]), config.root, (latents_of(config), found(config))
+    )
+    mine = batches.source_of(data, config.root, latents_of(config), found(config))("train")
+    assert [one.key for one in mine.samples()] == left(keys, "s005")
+    made = everything(latents_of(config))
+    for key in made:
+        if key != "encoding.json":
+            latents_of(config).delete(key)
+    task.make(config, Worker())(load_dataset(store).shards[0])
+    again = everything(latents_of(config))
+    assert {key: data for key, data in again.items() if not key.endswith(".made.json")} == {
+        key: data for key, data in made.items() if not key.endswith(".made.json")
+    }
 
 
 # ------------------------------------------------------------------------------------------------ killed

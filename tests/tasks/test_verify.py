@@ -71,7 +71,7 @@ def broken(latent: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
         (other_latents(broken), r"6 samples more"),
         (other_latents(lambda latent: latent.astype(np.float32)), r"latent of sample s000 is float32 \(1, 3, 16"),
         (lambda samples: samples[:-1], r"shards/train-2-00000\.tar has 9 samples, the cache 8 of them, and names 0"),
-        (lambda samples: [Sample(f"x{one.key}", one.members) for one in samples], r"sample xs000 lies in the place of s000"),
+        (lambda samples: [Sample(f"x{one.key}", one.members) for one in samples], r"xs000 lies in the place of s000"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -94,15 +94,20 @@ def publish(store: Store, manifest: Manifest, conditions: Sequence[Any], taken_d
     return name
 
 
-def publish_sorted(store: Store, name: str, dataset: Manifest, cache: Manifest, latents: Store) -> str:
-    """The selection `name` of a dataset for a cache of it whose samples are sorted by bucket; its id.
+def sorted_id(name: str, cache: Manifest) -> str:
+    """Of the selection `name` of a dataset for a cache of it whose samples are sorted by bucket."""
+    return hashlib.sha256(canonical([FORMAT, name, cache.digest])).hexdigest()[:32]
+
+
+def publish_sorted(store: Store, name: str, dataset: Manifest, cache: Manifest, latents: Store) -> None:
+    """Make it, unless it is there.
 
     Raises:
         DataError: columns of a latent shard are missing or changed.
     """
-    made = hashlib.sha256(canonical([FORMAT, name, cache.digest])).hexdigest()[:32]
+    made = sorted_id(name, cache)
     if store.exists(_key(made)):
-        return made
+        return
     keep, source, lost = load(store, name, dataset), _sources(dataset), _lost(cache)
 
     def kept(shard: Shard) -> Bits:
@@ -112,7 +117,6 @@ def publish_sorted(store: Store, name: str, dataset: Manifest, cache: Manifest, 
 
     with ThreadPoolExecutor(READERS, "columns") as pool:
         _write(store, made, list(pool.map(kept, cache.shards)), {"selection": name, "cache": cache.digest})
-    return made
 
 
 def _write(store: Store, name: str, parts: Sequence[Bits], told: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def resolve(data: Data, root: str, cached: tuple[Store, Manifest] | None = None)
     dataset = load_dataset(store, data.digest)
     selection = filters.publish(store, dataset, data.filter, taken_down)
     if cached is not None and "buckets" in cached[1].meta:
-        selection = filters.publish_sorted(store, selection, dataset, cached[1], cached[0])
+        filters.publish_sorted(store, selection, dataset, cached[1], cached[0])
     return replace(data, selection=selection)
 
 
@@ -64,9 +64,11 @@ def source_of(data: Data, root: str, store: Store, manifest: Manifest) -> Callab
     if data.selection:
         place = open_store(root).at("datasets", data.name)
         dataset = load_dataset(place, data.digest)
-        own = manifest.format not in CACHES or "buckets" in manifest.meta  # the selection lists these very shards
-        keep = filters.load(place, data.selection, manifest if own else dataset)
-        keep = keep if own else filters.of_cache(keep, dataset, manifest)
+        if "buckets" in manifest.meta:
+            keep = filters.load(place, filters.sorted_id(data.selection, manifest), manifest)
+        else:
+            keep = filters.load(place, data.selection, dataset)
+            keep = filters.of_cache(keep, dataset, manifest) if manifest.format in CACHES else keep
     return lambda split: Dataset(store, manifest.split(split), keep=keep, meta=manifest.meta)
 
 
