@@ -66,13 +66,19 @@ def add_to(verbs: Any) -> None:
         one.add_argument("--json", action="store_true", help="for programs")
     verified.add_argument("--jobs", type=positive, default=8, metavar="N", help="shards at once (default %(default)s)")
     verified.add_argument(
-        "--samples", type=int, metavar="N", help="decoded of each shard (default: as many as its job did; 0: none)"
+        "--samples", type=_count, metavar="N", help="decoded of each shard (default: as many as its job did; 0: none)"
     )
     collected.add_argument("--takedown", metavar="FILE", help="a text file of keys, here or s3://, one per line")
     collected.add_argument("--yes", action="store_true", help="do not ask")
     collected.add_argument(
         "--hours", type=float, default=24.0, help="spare what is younger (default %(default)s): its job may still run"
     )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of samples")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------- ls, show

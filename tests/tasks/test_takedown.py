@@ -233,10 +233,10 @@ def test_of_several_shapes_the_rest_stays_in_its_buckets(tmp_path: Path) -> None
     encoding = Encoding(resolution=16, bucket_step=4, batch=4)
     config = config_of(tmp_path, "", autoencoder=PIXELS, encoding=encoding)
     run(config)
-    assert found(config).shards[0].buckets == ((0, 5), (2, 5)), found(config).shards[0].buckets
+    assert [count for _, count in found(config).shards[0].buckets] == [5, 5]
     take_down(config.root, "s003", "s004", "s008")
     (row,) = found(config).shards
-    assert [count for _, count in row.buckets] == [4, 3] or [count for _, count in row.buckets] == [3, 4]
+    assert sorted(count for _, count in row.buckets) == [3, 4]
     keys = keys_of(config)
     assert sorted(keys) == left([f"s{number:03d}" for number in range(10)], "s003", "s004", "s008")
     assert [f"s{number:03d}" for number in cache.source_rows(latents_of(config), row, ())] == keys

@@ -220,7 +220,8 @@ def _refuse_busy(uri: str, known: Iterable[caches.Known], taken: takedowns.Taken
             continue
         rows = load_dataset(dataset_store(uri, one.dataset), one.digest).shards
         for maker in one.makers if any(row.sha256 in taken for row in rows) else ():
-            if who := runs.alive(maker, runs.last_attempt(maker.store)):
+            attempt = runs.last_attempt(maker.store)
+            if attempt and (who := runs.alive(maker, attempt)):
                 raise CalotypeError(f"cache_latents {maker.name} encodes dataset {one.dataset} on {who} just now: "
                                     "let it end, or `calotype cancel` it, first")  # fmt: skip
 

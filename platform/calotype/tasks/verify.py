@@ -182,7 +182,8 @@ def _decoded(
     source = dataset_store(config.root, manifest.name)
     originals = {row.sha256: row for row in load_dataset(source, manifest.meta["dataset"]).shards}
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = _autoencoder(config, manifest.meta["encoding"]["autoencoder"]["encoder"]).to(device)
+    model = _autoencoder(config, manifest.meta["encoding"]["autoencoder"]["encoder"])
+    model = model.for_encoding(config.encoding, device)
 
     lost: dict[str, set[int]] = {}
     for one in manifest.meta.get("quarantined", ()):
@@ -221,7 +222,7 @@ def _autoencoder(config: CacheLatents, encoder: str) -> Any:
     from calotype.model.autoencoder import load_autoencoder
     from calotype.model.digests import encoder_digest
 
-    model = load_autoencoder(replace(config.autoencoder, digest="")).eval()
+    model = load_autoencoder(replace(config.autoencoder, digest=""))
     if model.model is not None:
         there = encoder_digest(model.model.state_dict(), model.model.config)
         if there != encoder:
