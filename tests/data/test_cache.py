@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding
-from calotype.data import cache, statistics
+from calotype.data import cache, statistics, takedowns
 from calotype.data.shards import Sample
 from calotype.errors import ConfigError, DataError
 
@@ -70,6 +70,14 @@ def test_the_encoding_of_version_one_stays_what_it_is() -> None:
     """Golden: caches of this version must be found for ever."""
     assert cache.encoding_id(cache.encoding_of(CONFIG)) == GOLDEN
     assert cache.cache_id(GOLDEN, "d" * 64) == GOLDEN_CACHE
+
+
+def test_the_key_of_a_latent_shard_that_lost_samples_stays_what_it_is() -> None:
+    """Golden: with another key, what was taken down would be encoded again."""
+    marks = [takedowns.mark(key) for key in ("s010", "s003")]
+    assert marks[1] == "15817969c26b134b8e13ad1da04d81dcd87df1fc7fef478b2acd85d5978ccfb3"
+    assert cache.latent_key_of("ab" * 32, marks) == f"{'ab' * 32}-35bf39ee8a5608cc.tar"
+    assert cache.source_of(f"{'ab' * 32}-35bf39ee8a5608cc") == "ab" * 32
 
 
 def test_the_differing_field_is_named_as_the_user_knows_it() -> None:
