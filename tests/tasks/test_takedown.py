@@ -223,7 +223,7 @@ def test_of_several_shapes_the_rest_stays_in_its_buckets(tmp_path: Path) -> None
     store, samples = open_store(str(tmp_path)).at("datasets", "toy"), []
     for number in range(10):
         samples.append(caches.sample(number, "a {}"))
-        picture = Image.open(io.BytesIO(samples[-1].members["png"]))
+        picture = Image.open(io.BytesIO(samples[-1].members["png"])).resize((40, 20))
         file = io.BytesIO()
         (picture.rotate(90, expand=True) if number % 2 else picture).save(file, "PNG")
         samples[-1].members["png"] = file.getvalue()
