@@ -157,7 +157,7 @@ REFUSED = [
     ("autoencoder.path=", "autoencoder.path is missing"),
     ("autoencoder=kl_f4", "autoencoder.kind=kl is an architecture without weights"),
     ("conditions.text.encoder=null", "conditions.text.encoder"),
-    ("conditions.text.mode=masked", "mode=masked caches a frozen text encoder: give conditions.text.path"),
+    ("conditions.text.mode=masked", "conditions.text.mode=masked caches a frozen text encoder: give"),
     ("+conditions={label: {kind: class, source: label}}", "conditions.label.kind=class needs"),
     ("denoiser.model._target_=os.system", "denoiser.model._target_='os.system' is not allowed"),
     ("+denoiser.model.a.b._target_=os.system", "denoiser.model.a.b._target_='os.system' is not allowed"),
