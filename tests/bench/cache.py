@@ -10,16 +10,13 @@
 One thread each.  The encoder costs more than 50 ms an image (--cheap: some 20).  Starts the embedded stack where it is
 not up.
 
-Then what a sample takes in a shard that the job's own functions write (--bytes: this alone, without the stack): 256 px,
-a frozen text encoder of width 1024, captions of 15 tokens between start and end; beside the naive layout, 77 x 1024
-float16 embeddings and one draw of the posterior.
+And what a sample takes (cache_bytes.py; --bytes: this alone, without the stack).
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -30,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +35,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT), str(ROOT / "platform")]
 
+import cache_bytes  # noqa: E402
 import cache_gpu  # noqa: E402
 
 SIZE, BATCH, WORKERS = 128, 16, 2
@@ -179,45 +176,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
-# ------------------------------------------------------------------------------------------------- bytes
-
-NAIVE = 2 * (77 * 1024 + 4 * 32 * 32)  # a sample, in no container at all
-CAPTION = "the number " * 6 + "a {:02d}"  # 15 tokens of the small tokenizer
-
-
-def stored_bytes(folder: Path, mode: str, images: int = 32) -> tuple[float, dict[str, int]]:
-    """(bytes per sample of a latent shard, of it all, its sidecar too; of each member of its first sample)."""
-    from calotype.config import Condition, Encoding
-    from calotype.data import cache, shards
-    from calotype.data.store import open_store
-
-    from tests.caches import autoencoder_folder, config_of, dataset, latents_of, run, text_folder
-
-    text = Condition(mode=mode, length=77, tokenizer="small", encoder={"_target_": "transformers.CLIPTextModel"})
-    if mode != "tokens":
-        text = replace(text, path=text_folder(folder / "text", width=1024))
-    dataset(folder, {"train": (images,)}, caption=CAPTION)
-    weights = autoencoder_folder(folder / "autoencoder", channels=(4, 4, 4, 4))
-    config = config_of(folder, weights, conditions={"text": text}, encoding=Encoding(resolution=256, batch=8))
-    run(config)
-    manifest = cache.load_cache(open_store(config.root), config)
-    sample = next(shards.iterate(latents_of(config), manifest.shards))
-    about = json.loads(bytes(sample.members["json"]))
-    assert (manifest.meta["captions_cut"], about["text"]) == (0, CAPTION.format(0))
-    beside = sum(entry.size for entry in latents_of(config).list() if entry.key.endswith(".sidecar.json"))
-    members = {name: len(data) for name, data in sample.members.items()}
-    return (manifest.shards[0].bytes + beside) / images, members
-
-
-def tell_bytes() -> None:
-    print(f"bytes a sample at 256 px, captions of 15 tokens; naive layout: {NAIVE:,}")
-    for mode in ("tokens", "masked", "full"):
-        with tempfile.TemporaryDirectory() as folder:
-            size, members = stored_bytes(Path(folder), mode, images=128)
-        parts = ", ".join(f"{name} {data:,}" for name, data in members.items())
-        print(f"    {mode:<8}{size:10,.0f}  {size / NAIVE:5.3f} of naive   ({parts})", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2400)
@@ -233,7 +191,7 @@ def main() -> None:
     if options.gpu:
         cache_gpu.main(options.images, options.edges, options.device, options.batch)
         return
-    tell_bytes()
+    cache_bytes.tell()
     if options.bytes:
         return
     from calotype.data.manifest import load_dataset
