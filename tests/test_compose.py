@@ -146,7 +146,10 @@ REFUSED = [
     ("train.lanes=300", "train.lanes=300 must be 0 to train.batch=256: lanes share its slots"),
     ("cluster.workers=257", "cluster.workers=257 is more than train.batch=256"),
     ("engine.precision=fp16", "engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16"),
-    ("train.flip=true", "train.flip=true mirrors images"),
+    (
+        "train.flip=true",
+        "train.flip=true needs latents of mirrored images: cache and train with encoding.mirrored=true",
+    ),
     (
         "+denoiser.model.cross_attention_dim=99",
         "denoiser.model.cross_attention_dim=99 but width of the text encoder is 64",

@@ -249,8 +249,10 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
         )
     if config.engine.precision == "fp16" and cluster.kind == "ray" and not cluster.gpus:
         raise ConfigError("engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16 or fp32")
-    if train.flip and isinstance(config, TrainDenoiser):
-        raise ConfigError("train.flip=true mirrors images, and a cache holds latents: leave it out of train_denoiser")
+    if train.flip and isinstance(config, TrainDenoiser) and not config.encoding.mirrored:
+        raise ConfigError(
+            "train.flip=true needs latents of mirrored images: cache and train with encoding.mirrored=true"
+        )
 
 
 def _values(config: Any, setting: str) -> Iterator[tuple[str, Any]]:

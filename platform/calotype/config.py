@@ -78,6 +78,7 @@ class Encoding:
     dtype: str = setting("float16", "stored latents: float16 | float32 (numpy has no bfloat16)")
     posterior: str = setting("gaussian", "gaussian (mean and std are stored) | deterministic (mean only)")
     batch: int = setting(64, "images per encoder call: fixed, tail padded, so that bytes never depend on workers")
+    mirrored: bool = setting(False, "the latent of each mirrored image too, for train.flip of the denoiser")
     precision: str = setting("fp32", "fp32 | bf16: in which the encoder computes; what is stored is `dtype`")
     compile: bool = setting(False, "torch.compile the encoder: faster on a GPU, after a minute")
 
@@ -163,7 +164,7 @@ class Train:
     batch: int = setting(256, "global batch: images per optimizer step, over all workers")
     lanes: int = setting(0, "lanes of the global order, each on a chunk of its own; 0 = batch (see data/order.py)")
     window: int = setting(1_024, "samples per shuffle window of a lane")
-    flip: bool = setting(False, "mirror images at random (autoencoder only)")
+    flip: bool = setting(False, "mirror images at random; a denoiser needs a cache with encoding.mirrored")
     log_every: int = setting(2_048, "images between metric points", identity=False)
     validate_every: int = setting(100_000, "images between validation losses; 0 for never", identity=False)
     sample_every: int = setting(100_000, "images between sample grids; 0 for never", identity=False)

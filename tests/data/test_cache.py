@@ -38,6 +38,7 @@ def text(**changes: Any) -> dict[str, Condition]:
         replace(CONFIG, encoding=replace(CONFIG.encoding, resolution=64)),
         replace(CONFIG, encoding=replace(CONFIG.encoding, posterior="deterministic")),
         replace(CONFIG, encoding=replace(CONFIG.encoding, batch=32)),
+        replace(CONFIG, encoding=replace(CONFIG.encoding, mirrored=True)),
         replace(CONFIG, conditions=text(digest="u" * 64)),
         replace(CONFIG, conditions=text(length=16)),
         replace(CONFIG, conditions=text(mode="full")),

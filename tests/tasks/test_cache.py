@@ -23,10 +23,10 @@ from calotype.data.shards import Sample
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
-from calotype.model import digests
+from calotype.model import conditioner, digests
 from calotype.model.autoencoder import load_autoencoder
 from calotype.tasks import cache as task
-from calotype.tasks import encode
+from calotype.tasks import denoiser, encode
 from diffusers import AutoencoderKL
 
 from tests.caches import CONDITIONS, autoencoder_folder, config_of, dataset, latents_of, run, sample
@@ -454,3 +454,36 @@ def test_a_tampered_manifest_or_encoding_is_refused(trainer: TrainDenoiser, conf
     latents_of(config).write("encoding.json", b"{}")
     with pytest.raises(DataError, match="it was changed"):
         cache.latents_of(root, cache.encoding_of(config))
+
+
+# ------------------------------------------------------------------------------------------------ mirrored
+
+
+def test_latents_of_mirrored_images_lie_beside_and_half_of_them_are_drawn(tmp_path: Path, weights: str) -> None:
+    dataset(tmp_path, {"train": (22,)})
+    config = config_of(tmp_path, weights, encoding=Encoding(resolution=16, batch=4, mirrored=True))
+    run(config)
+    root = open_store(config.root)
+    manifest = cache.load_cache(root, config)
+    assert manifest.members == ("latent.npy", "mirrored.npy", "label.npy", "text.npy", "json")
+    stored = list(shards.iterate(latents_of(config), manifest.shards))
+    model = load_autoencoder(config.autoencoder).eval()
+    original = next(shards.iterate(root.at("datasets", "toy"), task_shards(config)))
+    pixels = torch.from_numpy(encode.decoded(original, config, (16, 16)).pixels)[None].float() / 127.5 - 1
+    arrays = cache.decode_sample(stored[0], [cache.MIRRORED])
+    for name, image in (("latent", pixels), (cache.MIRRORED, pixels.flip(-1))):
+        assert np.allclose(arrays[name][0], model.encode(image)[0][0], atol=2e-3)
+    assert not np.allclose(arrays["latent"], arrays[cache.MIRRORED], atol=2e-2)
+
+    shared = {name: getattr(config, name) for name in ("root", "data", "autoencoder", "encoding", "conditions")}
+    rows = denoiser.Rows(TrainDenoiser(name="d", **shared), manifest, conditioner.empty(config.conditions))
+    both = cache.stacked(stored[:1] * 200, [cache.MIRRORED, "text", "label"])
+    other = both | {"latent": both[cache.MIRRORED], cache.MIRRORED: both["latent"]}
+    plain = {name: array for name, array in both.items() if name != cache.MIRRORED}
+    first, second, never = (rows.of(one, list(range(200)), drop=False)["latent"] for one in (both, other, plain))
+    kept = (first == never).flatten(1).all(1)
+    assert 70 < int(kept.sum()) < 130
+    assert torch.equal((second == never).flatten(1).all(1), ~kept)
+    assert torch.equal(
+        rows.of({name: array[7:8] for name, array in both.items()}, [7], drop=False)["latent"][0], first[7]
+    )

@@ -33,7 +33,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[C.CacheLatents, str]
     root = tmp_path_factory.mktemp("root")
     text = C.Condition(mode="masked", path=text_folder(root / "clip"), tokenizer="small", length=9, drop=0.5)
     dataset(root, {"held_out": (4,), "train": (9, 8)}, caption="a {:b}")
-    config = config_of(root, autoencoder_folder(root / "vae"), conditions={"text": text})
+    encoding = C.Encoding(resolution=16, batch=4, mirrored=True)
+    config = config_of(root, autoencoder_folder(root / "vae"), conditions={"text": text}, encoding=encoding)
     return config, run(config)["cache"]
 
 
@@ -70,7 +71,7 @@ def test_a_denoiser_trains_on_them_validates_and_draws(made: tuple[C.CacheLatent
     settings = C.TrainDenoiser(
         name="d", **shared, denoiser=C.Denoiser(model=UNET),
         cluster=C.Cluster(kind="local"), track=C.Track(kind="none"),
-        train=C.Train(images=16, batch=8, validate_every=8, sample_every=8), engine=C.Engine(kind="torch"),
+        train=C.Train(images=16, batch=8, flip=True, validate_every=8, sample_every=8), engine=C.Engine(kind="torch"),
         sampler=C.Sampler(steps=2), prompts=["a 3", "a photo of a 12"],
     )  # fmt: skip
     settings = denoiser.resolve(settings)

@@ -13,11 +13,12 @@
                       manifests/000002.json  of the same cache after samples were taken down; the newest counts
 
 Members of a latent shard: `latent.npy` (2, C, h, w) posterior mean and standard deviation, or (1, C, h, w) where the
-encoding is deterministic; `<condition>.npy` a class number (), token ids (length,), embeddings (length, D), or (n, D)
-of mode=masked, where n of the length tokens are the caption's own; `json` {"text"?, "label"?, "width", "height"} of the
-original, "crop" with aspect buckets ([left, top, right, bottom] in the original; else it is the centred square), and
-"cut": names of conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them:
-draws and scaling happen when they are read.
+encoding is deterministic; `mirrored.npy` the same of the mirrored image, where encoding.mirrored asks for it;
+`<condition>.npy` a class number (), token ids (length,), embeddings (length, D), or (n, D) of mode=masked, where n of
+the length tokens are the caption's own; `json` {"text"?, "label"?, "width", "height"} of the original, "crop" with
+aspect buckets ([left, top, right, bottom] in the original; else it is the centred square), and "cut": names of
+conditions that hold its caption only in part.  Latents are stored raw, as the autoencoder gives them: draws and scaling
+happen when they are read.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 ENCODING = "calotype.encoding/1"
 LATENT = "latent.npy"
+MIRRORED = "mirrored"  # a latent of the mirrored image, for encoding.mirrored
 ROW = "row"  # column of a latent shard whose samples are sorted by bucket
 
 
@@ -81,6 +83,7 @@ def _if_chosen(encoding: Encoding) -> dict[str, Any]:
     """Fields that came later, where they are not what was done before: so that E stays what it was."""
     made: dict[str, Any] = {"buckets": [list(size) for size in sizes_of(encoding)]} if encoding.bucket_step else {}
     made |= {"precision": encoding.precision} if encoding.precision != "fp32" else {}
+    made |= {"mirrored": True} if encoding.mirrored else {}
     return made | ({"compile": True} if encoding.compile else {})
 
 
@@ -91,7 +94,7 @@ def sizes_of(encoding: Encoding) -> list[Size]:
 
 def _stored_form(name: str, condition: Condition) -> dict[str, Any]:
     """What of a condition decides its stored bytes: neither how often it is dropped nor who reads it."""
-    if name in ("latent", "json"):
+    if name in ("latent", "mirrored", "json"):
         raise ConfigError(f"conditions.{name}: {name} is the name of a member of every sample, choose another")
     if condition.source == "label":
         return {"source": "label"}
@@ -111,7 +114,8 @@ def cache_id(encoding: str, dataset_digest: str) -> str:
 
 
 def members_of(encoding: Mapping[str, Any]) -> tuple[str, ...]:
-    return (LATENT, *(f"{name}.npy" for name in encoding["conditions"]), "json")
+    also = (f"{MIRRORED}.npy",) if encoding.get("mirrored") else ()
+    return (LATENT, *also, *(f"{name}.npy" for name in encoding["conditions"]), "json")
 
 
 def shape_of(encoding: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -230,15 +234,8 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[st
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of an encoding, by the names of the settings that decide them."""
-    names = {
-        "resolution",
-        "buckets",
-        "dtype",
-        "posterior",
-        "batch",
-        "precision",
-        "compile",
-    }  # what the user calls encoding.*
+    # what the user calls encoding.*
+    names = {"resolution", "buckets", "mirrored", "dtype", "posterior", "batch", "precision", "compile"}
     made: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{key}"

@@ -145,7 +145,8 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
 
-    stream = batches.stream(config, source_of("train"), worker, ("latent", *config.conditions))
+    arrays = ("latent", *([cache.MIRRORED] if config.train.flip else []), *config.conditions)
+    stream = batches.stream(config, source_of("train"), worker, arrays)
     task = loop.Task(
         engines={NAME: engine},
         batches=stream.seek,
@@ -191,12 +192,18 @@ class Rows:
     def of(
         self, stored: Mapping[str, np.ndarray[Any, Any]], positions: list[int], drop: bool = True
     ) -> dict[str, Tensor]:
-        """Rows of stored samples (`cache.stacked`) at these positions; `drop` False keeps all conditions."""
+        """Rows of stored samples (`cache.stacked`) at these positions; `drop` False keeps all conditions.
+
+        Where there are latents of mirrored images too, half of them are taken.
+        """
         import torch
 
         from calotype.model.conditioner import dropped
 
         latent = torch.from_numpy(stored["latent"])
+        if cache.MIRRORED in stored:
+            flips = torch.tensor([self._flip(position) for position in positions])
+            latent = torch.where(flips.view(-1, 1, 1, 1, 1), torch.from_numpy(stored[cache.MIRRORED]), latent)
         draws = [self._draws(position, latent.shape[2:]) for position in positions]
         posterior = torch.from_numpy(np.stack([draw[0] for draw in draws]))
         noise = torch.from_numpy(np.stack([draw[1] for draw in draws]))
@@ -210,6 +217,11 @@ class Rows:
             masks = {name: torch.tensor([draw[3][name] for draw in draws]) for name in self.drops}
             cond = dropped(cond, self.empty, masks)
         return rows | {f"cond.{name}": value for name, value in cond.items()}
+
+    def _flip(self, position: int) -> bool:
+        from calotype.data.draws import Purpose, philox
+
+        return bool(philox(self.config.seed, position, Purpose.FLIP).random() < 0.5)
 
     def _draws(self, position: int, shape: tuple[int, ...]) -> tuple[Any, Any, int, dict[str, bool]]:
         from calotype.data.draws import Purpose, philox

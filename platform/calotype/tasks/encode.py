@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,7 +126,11 @@ def batch(model: Any, unit: Batch, config: CacheLatents, device: str) -> Encoded
         about.setdefault("height", picture.height)
         if config.encoding.bucket_step:
             about["crop"] = [round(edge) for edge in images.cropped(picture.width, picture.height, unit.size)]
-    made = stored(good, abouts, encoded(model, pictures, config, device), config, device)
+    raw = {"latent": encoded(model, pictures, config, device)}
+    if config.encoding.mirrored:
+        others = [replace(picture, pixels=picture.pixels[:, :, ::-1]) for picture in pictures]
+        raw[cache.MIRRORED] = encoded(model, others, config, device)
+    made = stored(good, abouts, raw, config, device)
     latents = [Latent(unit.bucket, row, sample) for row, sample in zip(rows, made, strict=True)]
     return Encoded(latents, lost, decoded_at - began, time.monotonic() - decoded_at)
 
@@ -149,20 +153,22 @@ def encoded(
 def stored(
     samples: Sequence[Sample],
     abouts: Sequence[dict[str, Any]],
-    raw: tuple[Tensor, Tensor | None],
+    raw: Mapping[str, tuple[Tensor, Tensor | None]],
     config: CacheLatents,
     device: str,
 ) -> list[Sample]:
-    """Source samples, what goes into their `json`, and their raw latents -> samples of the latent shard."""
-    mean, std = raw
-    gaussian = std is not None and config.encoding.posterior == "gaussian"
-    both = np.stack([mean.numpy(), std.numpy()] if gaussian and std is not None else [mean.numpy()], axis=1)
+    """Source samples, what goes into their `json`, and their raw latents by member -> samples of the latent shard."""
+    both = {}
+    for name, (mean, std) in raw.items():
+        gaussian = std is not None and config.encoding.posterior == "gaussian"
+        parts = [mean.numpy(), std.numpy()] if gaussian and std is not None else [mean.numpy()]
+        both[name] = np.stack(parts, axis=1)
     values = _conditions(abouts, config.conditions, device)
     made = []
     for index, (sample, about) in enumerate(zip(samples, abouts, strict=True)):
-        latent = narrowed(both[index], config.encoding.dtype, sample.key)
+        latents = {name: narrowed(each[index], config.encoding.dtype, sample.key) for name, each in both.items()}
         arrays = {name: forms[index] for name, forms in values.items()}
-        made.append(cache.encode_sample(sample, latent, arrays, about))
+        made.append(cache.encode_sample(sample, latents.pop("latent"), latents | arrays, about))
     return made
 
 
