@@ -15,31 +15,34 @@ this machine.  Before, the job itself runs on three small shards, and must ask f
 from __future__ import annotations
 
 import argparse
-import gc
 import heapq
 import json
 import os
 import pickle
 import random
-import resource
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT), str(ROOT / "platform")]
 
+from calotype.cluster import units as queue  # noqa: E402
+from calotype.cluster.units import Waiting  # noqa: E402
 from calotype.config import Accept, Autoencoder, CacheLatents, Condition, Data, Encoding  # noqa: E402
-from calotype.data import cache, s3, shards  # noqa: E402
-from calotype.data.manifest import DATASET, Manifest, Shard, canonical, publish_dataset, sidecar_key  # noqa: E402
+from calotype.data import cache, lease, manifest, s3, shards  # noqa: E402
+from calotype.data.manifest import DATASET, Manifest, Shard, publish_dataset  # noqa: E402
 from calotype.data.store import open_store  # noqa: E402
+from calotype.environment import Held, Worker  # noqa: E402
 from calotype.tasks import cache as task  # noqa: E402
 from calotype.tasks.accept import Decoded  # noqa: E402
 from calotype.tasks.tally import Made, Spent, Tally  # noqa: E402
@@ -151,6 +154,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         s3._client = lambda attempts=8: self.bucket
+        queue.time = SimpleNamespace(monotonic=lambda: self.bucket.now)
         self.dice = random.Random(1)
         self.open(dataset(config_of(self.name.replace(" ", "-")), self.scale))
 
@@ -162,8 +166,30 @@ class Simulation:
         self.shards = f"{self.source.uri.removeprefix('s3://simulated/')}/shards"
         self.bucket.counts.clear()
 
+    def start(self) -> Generator[float, None, None]:
+        """What `task.make_leased` does before the first unit; yields seconds that pass."""
+        cache.latents_of(open_store(self.config.root), cache.encoding_of(self.config))
+        source = task._dataset_store(self.config)
+        source.read(manifest.versions_of(source)[-1])
+        yield self.bucket.took()
+
+    def make(self, worker: str, unit: Shard, dead: bytes | None = None) -> Generator[float, None, Made | Held]:
+        """What `task.make_leased` does with a unit, but for the encoding."""
+        key, name = cache.latent_key(unit), lease.lease_key(cache.latent_key(unit))
+        theirs = lease._take(self.latents, name, worker, worker.rpartition("/")[0], dead)
+        yield self.bucket.took()
+        if theirs is not None and shards.existing_shard(self.latents, key) is None:
+            yield self.bucket.took()
+            return Held(theirs, lease.STALE)
+        began = self.bucket.now
+        made = yield from self.encode(unit, int(worker.rpartition("/")[2]))
+        beats = int((self.bucket.now - began) / lease.BEAT)
+        self.bucket.spread("put", self.folder, beats, began + lease.BEAT, self.bucket.now)
+        self.latents.delete(name)
+        yield self.bucket.took()
+        return made
+
     def encode(self, unit: Shard, worker: int) -> Generator[float, None, Made]:
-        """What `task.make` does with a unit, but for the encoding; yields seconds that pass."""
         key, bucket = cache.latent_key(unit), self.bucket
         there = shards.existing_shard(self.latents, key)
         yield bucket.took()
@@ -226,38 +252,53 @@ class Simulation:
 
     def work(self, units: Sequence[Shard], results: list[Made], stop: float) -> None:
         """Hand out units as `spread.map` does, until all are made, or second `stop`, when the driver dies."""
-        waiting, busy, order = deque(units), list[Any](), count()
+        waiting, group, order, bucket = Waiting(units), self.dice.randbytes(8).hex(), count(), self.bucket
+        idle: list[tuple[int, float]] = []  # (worker, when it will die)
+        events: list[Any] = []  # (second, its number, worker, when that dies, what it does, index of its unit, since)
 
-        def hand_out(rank: int, at: float, dies: float) -> None:
-            if waiting:
-                unit = waiting.popleft()
-                heapq.heappush(busy, (at, next(order), rank, unit, self.encode(unit, rank), dies, at))
+        def then(seconds: float, *what: Any) -> None:
+            heapq.heappush(events, (bucket.now + seconds, next(order), *what))
 
         def begin(rank: int) -> None:
-            ready = self.bucket.now + START
-            hand_out(rank, ready, ready + (60 * self.dice.expovariate(self.deaths) if self.deaths else float("inf")))
+            lives = 60 * self.dice.expovariate(self.deaths) if self.deaths else float("inf")
+            then(START, rank, bucket.now + START + lives, self.start(), -1, 0.0)
 
         for rank in range(min(self.scale.workers, len(units))):
             begin(rank)
-        while busy:
-            at, _, rank, unit, work, dies, began = heapq.heappop(busy)
-            self.bucket.now = min(at, stop)
-            if at >= min(dies, stop):
+        looks = 0.0
+        while waiting.undone:
+            at, _, rank, dies, work, index, since = heapq.heappop(events)
+            bucket.now = min(at, stop)
+            if at >= min(stop, dies) and index >= 0:
                 self.again += 1
-                if not self.bucket.holds(f"{self.folder}/{sidecar_key(cache.latent_key(unit))}"):
-                    self.lost += min(max(self.bucket.now - began, 0), self.scale.seconds)
-                if at < stop:
-                    self.died += 1
-                    waiting.appendleft(unit)
-                    begin(rank)
+                if not bucket.holds(f"{self.folder}/{manifest.sidecar_key(cache.latent_key(units[index]))}"):
+                    self.lost += min(bucket.now - since, self.scale.seconds)
+            if at >= stop:
+                if not events:
+                    return
                 continue
-            try:
-                wait = next(work)
-            except StopIteration as done:
-                results.append(pickle.loads(pickle.dumps(done.value)))  # as it comes from another process
-                hand_out(rank, at, dies)
-            else:
-                heapq.heappush(busy, (min(at + wait, dies), next(order), rank, unit, work, dies, began))
+            if at >= dies:
+                self.died += 1
+                begin(rank)
+                if index >= 0:
+                    waiting.died(index)
+            elif work is not None:
+                try:
+                    then(min(next(work), dies - at), rank, dies, work, index, since)
+                    continue
+                except StopIteration as done:
+                    idle.append((rank, dies))
+                    if isinstance(done.value, Held):
+                        waiting.held(index, done.value)
+                    elif index >= 0:
+                        waiting.done(index)
+                        results.append(pickle.loads(pickle.dumps(done.value)))  # as it comes from another process
+            while idle and (unit := waiting.next()) is not None:
+                rank, dies = idle.pop()
+                then(0, rank, dies, self.make(f"{group}/{rank}", *unit[1]), unit[0], bucket.now)
+            if idle and looks <= bucket.now:
+                looks = bucket.now + waiting.due()
+                then(waiting.due(), -1, float("inf"), None, -1, 0.0)
 
     def counted(self, name: str, body: Callable[[], T], threads: int = 1) -> T:
         """What the driver does; its CPU seconds pass virtually too, and its requests, by so many threads."""
@@ -296,8 +337,6 @@ def checked() -> None:
     Raises:
         AssertionError: it does not: the simulation is of another program.
     """
-    from calotype.environment import Worker
-
     from tests import caches
 
     asked = []
@@ -308,33 +347,34 @@ def checked() -> None:
         small = task.resolve_inputs(replace(pixels, encoding=Encoding(resolution=8, batch=4), conditions={}))
         here.open(small)
         unit = task.plan(small)[0]
-        made = task.make(small, Worker()) if real else partial(here.encode, worker=0)
-        work = partial(drained, made, unit)
-        first, again = here.bucket.during(work), here.bucket.during(work)
+        make = partial(task.make_leased(small, Worker(group="g")), unit) if real else partial(here.make, "g/0", unit)
+        begin = partial(task.make_leased, small, Worker(group="g")) if real else here.start
+        asked.append([here.bucket.during(partial(drained, body)) for body in (begin, make, make)])
         here.bucket.forget(f"{here.folder}/{unit.sha256}.made.json")
-        asked.append((first, again, here.bucket.during(work)))
-    assert asked[0] == asked[1], f"the job asks for {asked[0]}, and {asked[1]} is simulated"
+        asked[-1].append(here.bucket.during(partial(drained, make)))
+    for job, simulated in zip(*asked, strict=True):
+        assert job == simulated, f"the job asks for {job}, and {simulated} is simulated"
 
 
-def drained(made: Callable[[Shard], Any], unit: Shard) -> None:
-    work = made(unit)
+def drained(body: Callable[[], Any]) -> None:
+    work = body()
     for _ in work if isinstance(work, Generator) else ():
         pass
 
 
 def driver(scale: Scale) -> dict[str, float]:
     """What the driver does with results, in its own process: real megabytes at its end, and seconds of CPU."""
-    rows = min(scale.shards, 20_000)
+    rows = 2000
     unit = Shard("shards/000000.tar", scale.images * IMAGE, scale.images, 40, _sha(0), _sha(1), _sha(2))
     results = []
     for number in range(rows):
         one = replace(unit, key=f"shards/{number:06d}.tar", sha256=_sha(number))
-        sidecar = canonical({"format": shards.SIDECAR, **content(one)})
+        sidecar = manifest.canonical({"format": shards.SIDECAR, **content(one)})
         results.append(pickle.dumps(judged(one, shards.row_of(cache.latent_key(one), sidecar), 0, 100.0)))
-    gc.collect()
-    before = resident()
+    tracemalloc.start()
     held = [pickle.loads(one) for one in results]
-    size = (resident() - before) * scale.shards / rows
+    size = tracemalloc.get_traced_memory()[0] / 1e6 * scale.shards / rows
+    tracemalloc.stop()
     tally = Tally()
     began = time.process_time()
     for number, made in enumerate(held):
@@ -347,11 +387,6 @@ def driver(scale: Scale) -> dict[str, float]:
         "driver: CPU ms per result": 1000 * each,
         "driver: figures per point": len(tally.figures(scale.shards)),
     }
-
-
-def resident() -> float:
-    """MB of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def shown(scale: Scale, found: dict[str, dict[str, float]]) -> str:
