@@ -168,9 +168,8 @@ class Simulation:
 
     def start(self) -> Generator[float, None, None]:
         """What `task.make_leased` does before the first unit; yields seconds that pass."""
+        task._dataset_store(self.config)
         cache.latents_of(open_store(self.config.root), cache.encoding_of(self.config))
-        source = task._dataset_store(self.config)
-        source.read(manifest.versions_of(source)[-1])
         yield self.bucket.took()
 
     def make(self, worker: str, unit: Shard, dead: bytes | None = None) -> Generator[float, None, Made | Held]:

@@ -306,8 +306,9 @@ def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
 
 
 def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents) -> None:
-    encode_shard = task.make(config, Worker())
-    made = [encode_shard(unit) for unit in task.plan(config)]
+    units = task.plan(config)
+    encode_shard = task.make(config, Worker(), seen=task.shown(units))
+    made = [encode_shard(unit) for unit in units]
     (grid,) = [found.grid for found in made if found.grid is not None]
     assert grid.size == (8 * 16, 2 * 16)  # five held-out images and their reconstructions
     held_out = [s for s in task_shards(config) if s.split == "held_out"]

@@ -40,7 +40,7 @@ MADE, MADE_1 = "calotype.made/2", "calotype.made/1"
 REMEMBERED: dict[str, Callable[..., Any]] = {"lost": Lost, "decoded": Decoded}
 SHOWN = 16  # images whose reconstructions are drawn
 CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
-READERS = 16  # sidecars read at once when a cache is committed
+READERS = 64  # sidecars read at once when a cache is committed
 
 
 # ------------------------------------------------------------------------------------------------ on submit
@@ -114,20 +114,25 @@ def plan(config: CacheLatents) -> list[Shard]:
         return []
     dataset = load_dataset(_dataset_store(config), config.data.digest)
     done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards))
-    return [shard for shard in dataset.shards if shard not in done or shard == shown(dataset)]
+    seen = shown(dataset.shards)
+    return [shard for shard in dataset.shards if shard not in done or shard == seen]
 
 
-def shown(dataset: Manifest) -> Shard:
-    """The source shard of which a few reconstructions are drawn: held out, where there is such a one."""
-    return next((shard for shard in dataset.shards if shard.split != "train"), dataset.shards[0])
+def shown(units: Sequence[Shard]) -> Shard:
+    """The source shard of which a few reconstructions are drawn: held out, where there is such a one.
+
+    Args:
+        units: all source shards, or those that `plan` gave, of which it is the same one.
+    """
+    return next((shard for shard in units if shard.split != "train"), units[0])
 
 
 # ----------------------------------------------------------------------------------------------- on workers
 
 
-def make_leased(config: CacheLatents, worker: Worker) -> Callable[..., Made | Held]:
+def make_leased(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Callable[..., Made | Held]:
     """As `make`, but a shard that another job has in hand is left to it, until that job gives no more signs of life."""
-    work = make(config, worker)
+    work = make(config, worker, seen)
     latents = open_store(config.root).at("latents", cache.encoding_id(cache.encoding_of(config)))
 
     def made(unit: Shard, dead: bytes | None = None) -> Made | Held:
@@ -140,8 +145,12 @@ def make_leased(config: CacheLatents, worker: Worker) -> Callable[..., Made | He
     return made
 
 
-def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
-    """A function that encodes one source shard and commits its latents, or recognises that they are there."""
+def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Callable[[Shard], Made]:
+    """A function that encodes one source shard and commits its latents, or recognises that they are there.
+
+    Args:
+        seen: the source shard that is `shown`.  Said by the driver: 1,000 workers need not read 30 MB of manifest each.
+    """
     from calotype.model import conditioner, metrics
     from calotype.model.autoencoder import load_autoencoder
 
@@ -152,8 +161,6 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
     for condition in config.conditions.values():
         if condition.source == "text":
             conditioner.inputs(condition, [""], worker.device)  # loads it once, before threads ask for it
-
-    seen = shown(load_dataset(source, config.data.digest))
 
     def made(unit: Shard) -> Made:
         found = encode_shard(unit)
@@ -331,9 +338,10 @@ def _manifest(
     made = {result.source.sha256: result for result in results}
     missing = [shard for shard in dataset.shards if shard.sha256 not in made]
     store = _dataset_store(config)
+    sizes = {entry.key: entry.size for entry in latents.list()} if missing else {}
 
     def recognise(source: Shard) -> Made:
-        shard = shards.existing_shard(latents, cache.latent_key(source))
+        shard = shards.existing_shard(latents, cache.latent_key(source), sizes)
         if shard is None:
             raise DataError(f"the latents of {source.key} are missing under {latents.uri}: run the job again")
         return recognised(store, latents, source, shard)
