@@ -164,7 +164,7 @@ class Simulation:
         self.latents = cache.latents_of(open_store(config.root), cache.encoding_of(config))
         self.folder = self.latents.uri.removeprefix("s3://simulated/")
         self.shards = f"{self.source.uri.removeprefix('s3://simulated/')}/shards"
-        self.bucket.counts.clear()
+        self.bucket.begin()
 
     def start(self) -> Generator[float, None, None]:
         """What `task.make_leased` does before the first unit; yields seconds that pass."""
@@ -193,7 +193,7 @@ class Simulation:
         there = shards.existing_shard(self.latents, key)
         yield bucket.took()
         if there is not None:
-            if bucket.holds(f"{self.folder}/{task._made_key(there)}"):
+            if bucket.holds(f"{self.folder}/{cache.made_key(there.key)}"):
                 found = task.recognised(self.source, self.latents, unit, there)
                 yield bucket.took()
                 return found
@@ -301,7 +301,7 @@ class Simulation:
 
     def counted(self, name: str, body: Callable[[], T], threads: int = 1) -> T:
         """What the driver does; its CPU seconds pass virtually too, and its requests, by so many threads."""
-        before = self.bucket.totals(READS + WRITES).total()
+        before = self.bucket.asked().total()
         self.bucket.took()
         began = time.process_time()
         made = body()
@@ -310,7 +310,7 @@ class Simulation:
         self.figures |= {
             f"{name}: seconds": cpu + waited,
             f"{name}: of these CPU": cpu,
-            f"{name}: requests": self.bucket.totals(READS + WRITES).total() - before,
+            f"{name}: requests": self.bucket.asked().total() - before,
         }
         return made
 
@@ -319,11 +319,11 @@ class Simulation:
         made: dict[str, float] = {}
         for folder, name in ((self.folder, "latents"), (self.shards, "source")):
             for kinds, what in ((READS, "reads"), (WRITES, "writes")):
-                found = self.bucket.totals(kinds, folder)
-                if found:
-                    made[f"{name}: {what}/s, mean"] = sum(n for at, n in found.items() if at < until) / until
-                    made[f"{name}: {what}/s, most"] = max(found.values())
-                    made[f"{name}: {what} per shard"] = found.total() / self.scale.shards
+                found = self.bucket.rates(kinds, folder)
+                if sum(found):
+                    made[f"{name}: {what}/s, mean"] = sum(found[: int(until)]) / until
+                    made[f"{name}: {what}/s, most"] = max(found)
+                    made[f"{name}: {what} per shard"] = sum(found) / self.scale.shards
         return made
 
 

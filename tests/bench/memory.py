@@ -33,6 +33,8 @@ class Bucket:
     now: float = 0.0  # virtual seconds
     seconds: float = 0.0  # that requests took since `took` was asked
     counts: dict[tuple[str, str], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    flows: dict[tuple[str, str], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # by their changes
+    spreads: Counter[tuple[str, str]] = field(default_factory=Counter)
     _objects: dict[str, tuple[bytes | int, str, datetime]] = field(default_factory=dict)
     _keys: list[str] = field(default_factory=list)  # sorted, without those that are new
     _lock: Any = field(default_factory=threading.Lock)
@@ -95,8 +97,10 @@ class Bucket:
 
     def spread(self, kind: str, folder: str, count: int, begin: float, end: float) -> None:
         """Requests that nobody answers here: `count` of them, evenly over a time."""
-        for second, each in Counter(np.linspace(begin, end, count, endpoint=False).astype(int).tolist()).items():
-            self.counts[kind, folder][second] += each
+        first, last = int(begin), max(int(begin) + 1, round(end))
+        self.flows[kind, folder][first] += count / (last - first)
+        self.flows[kind, folder][last] -= count / (last - first)
+        self.spreads[kind, folder] += count
 
     def holds(self, name: str) -> bool:
         return name in self._objects
@@ -107,17 +111,32 @@ class Bucket:
 
     def during(self, body: Callable[[], Any]) -> Counter[tuple[str, str]]:
         """(kind, folder) -> requests that something made."""
-        before = {name: each.total() for name, each in self.counts.items()}
+        before = self.asked()
         body()
-        return +Counter({name: each.total() - before.get(name, 0) for name, each in self.counts.items()})
+        return self.asked() - before
 
-    def totals(self, kinds: tuple[str, ...], folder: str | None = None) -> Counter[int]:
-        """Requests of some kinds by second, of one folder or of all."""
-        found: Counter[int] = Counter()
-        for (kind, where), counts in self.counts.items():
-            if kind in kinds and folder in (None, where):
-                found.update(counts)
-        return found
+    def asked(self) -> Counter[tuple[str, str]]:
+        """(kind, folder) -> requests so far."""
+        return self.spreads + Counter({name: each.total() for name, each in self.counts.items()})
+
+    def rates(self, kinds: tuple[str, ...], folder: str) -> list[float]:
+        """Requests of some kinds in every second."""
+        names = [(kind, folder) for kind in kinds]
+        found = np.zeros(
+            1 + max((second for name in names for second in (*self.counts[name], *self.flows[name])), default=0)
+        )
+        for name in names:
+            flow = np.zeros_like(found)
+            flow[list(self.flows[name])] = list(self.flows[name].values())
+            found += np.cumsum(flow)
+            found[list(self.counts[name])] += list(self.counts[name].values())
+        return list(found.tolist())
+
+    def begin(self) -> None:
+        """Count from here on."""
+        self.counts.clear()
+        self.flows.clear()
+        self.spreads.clear()
 
     def _count(self, kind: str, key: str, size: int = 0) -> None:
         with self._lock:

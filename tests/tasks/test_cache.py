@@ -141,14 +141,16 @@ def test_a_restart_encodes_only_what_is_missing(config: CacheLatents, tmp_path: 
     encode_shard(first)
     encode_shard(second)
     latents_of(config).delete(cache.latent_key(second).replace(".tar", ".made.json"))  # killed before it was written
-    assert task.plan(config) == [third]
+    assert task.plan(config) == [second, third]  # the second one is read and judged, not encoded
     assert encode_shard(first).images == 0
-    figures = task.commit(config, [encode_shard(third)])
+    figures = task.commit(config, [encode_shard(second), encode_shard(third)])
     assert figures["shards_encoded"] == 1
     manifest, expected = (cache.load_cache(open_store(c.root), c) for c in (config, config_of(calm, weights)))
     assert manifest.shards == expected.shards
     assert manifest.meta["channel_std"] == expected.meta["channel_std"]
+    assert manifest.meta["acceptance"] == expected.meta["acceptance"]
     assert "not recorded" in manifest.meta["devices"]
+    assert len(cache.finished(latents_of(config), task_shards(config), judged=True)) == 3
 
 
 @pytest.mark.parametrize(

@@ -223,10 +223,20 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return made
 
 
-def finished(latents: Store, shards: Iterable[Shard]) -> list[Shard]:
-    """Those source shards whose latents are committed, by one listing."""
+def finished(latents: Store, shards: Iterable[Shard], judged: bool = False) -> list[Shard]:
+    """Those source shards whose latents are committed, by one listing.
+
+    Args:
+        judged: only those of which their maker has also said how they are.
+    """
     there = {entry.key for entry in latents.list()}
-    return [shard for shard in shards if sidecar_key(latent_key(shard)) in there]
+    return [shard for shard in shards if sidecar_key(latent_key(shard)) in there
+            and (not judged or made_key(latent_key(shard)) in there)]  # fmt: skip
+
+
+def made_key(key: str) -> str:
+    """Of what the maker of a latent shard remembers of it."""
+    return f"{key.removesuffix('.tar')}.made.json"
 
 
 def latent_key(source: Shard) -> str:

@@ -38,7 +38,7 @@ R = TypeVar("R")
 
 MADE, MADE_1 = "calotype.made/2", "calotype.made/1"
 REMEMBERED: dict[str, Callable[..., Any]] = {"lost": Lost, "decoded": Decoded}
-SHOWN = 16  # images whose reconstructions are drawn
+SHOWN = 8  # images whose reconstructions are drawn
 CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
 READERS = 64  # sidecars read at once when a cache is committed
 
@@ -105,15 +105,14 @@ def _check_source(name: str, condition: Condition, dataset: Manifest) -> None:
 
 
 def plan(config: CacheLatents) -> list[Shard]:
-    """The source shards, of both splits, whose latents are not there yet, and the one that is shown.
-
-    None when the cache is finished.
+    """The source shards, of both splits, whose latents are not there yet, or whose maker died before it judged them,
+    and the one that is shown.  None when the cache is finished.
     """
     root = open_store(config.root)
     if cache.find_cache(root, config) is not None:
         return []
     dataset = load_dataset(_dataset_store(config), config.data.digest)
-    done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards))
+    done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards, judged=True))
     seen = shown(dataset.shards)
     return [shard for shard in dataset.shards if shard not in done or shard == seen]
 
@@ -171,7 +170,7 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
             lost = {one.row for one in found.lost}
             compared = (source, unit), (latents, found.shard), lost, count, config, worker.device
             decoded, pictures = pool.submit(accept.decoded, model, *compared).result()
-        new, found = not found.decoded, replace(found, decoded=decoded[: config.accept.samples])
+        new, found = not found.decoded, replace(found, decoded=decoded)
         if new:
             _remember(latents, found)
         return replace(found, grid=metrics.grid(pictures, columns=8)) if unit == seen else found
@@ -246,13 +245,13 @@ def _remember(latents: Store, made: Made) -> None:
     data: dict[str, Any] = {"format": MADE, "sha256": made.shard.sha256}
     data.update(statistics=made.statistics, device=made.device)
     data.update({name: [astuple(one) for one in getattr(made, name)] for name in REMEMBERED})
-    latents.publish(_made_key(made.shard), json.dumps(data, sort_keys=True).encode())
+    latents.publish(cache.made_key(made.shard.key), json.dumps(data, sort_keys=True).encode())
 
 
 def recognised(source: Store, latents: Store, unit: Shard, shard: Shard) -> Made:
     """A finished shard, with what its maker remembered of it; computed from its bytes, if that died in between."""
     try:
-        found = json.loads(latents.read(_made_key(shard)))
+        found = json.loads(latents.read(cache.made_key(shard.key)))
     except Missing:
         found = {}
     if found.get("format") in (MADE, MADE_1) and found.get("sha256") == shard.sha256:
@@ -273,10 +272,6 @@ def _lost(source: Store, latents: Store, unit: Shard, shard: Shard) -> list[Lost
             lost.append(Lost(row, sample.key, "not recorded"))
         kept[sample.key] -= 1
     return lost
-
-
-def _made_key(shard: Shard) -> str:
-    return f"{shard.key.removesuffix('.tar')}.made.json"
 
 
 # -------------------------------------------------------------------------------------------------- at the end
