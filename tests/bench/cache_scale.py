@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import os
 import pickle
 import random
 import sys
@@ -38,21 +37,19 @@ sys.path += [str(ROOT), str(ROOT / "platform")]
 
 from calotype.cluster import units as queue  # noqa: E402
 from calotype.cluster.units import Waiting  # noqa: E402
-from calotype.config import Accept, Autoencoder, CacheLatents, Condition, Data, Encoding  # noqa: E402
+from calotype.config import Autoencoder, CacheLatents, Data, Encoding  # noqa: E402
 from calotype.data import cache, lease, manifest, s3, shards  # noqa: E402
-from calotype.data.manifest import DATASET, Manifest, Shard, publish_dataset  # noqa: E402
+from calotype.data.manifest import Shard  # noqa: E402
 from calotype.data.store import open_store  # noqa: E402
 from calotype.environment import Held, Worker  # noqa: E402
 from calotype.tasks import cache as task  # noqa: E402
-from calotype.tasks.accept import Decoded  # noqa: E402
-from calotype.tasks.tally import Made, Spent, Tally  # noqa: E402
+from calotype.tasks.tally import Made, Tally  # noqa: E402
 
+from tests.bench import invented  # noqa: E402
 from tests.bench.memory import BANDWIDTH, LATENCY, LIMITS, READS, WRITES, Bucket  # noqa: E402
 
 T = TypeVar("T")
 
-CHANNELS, EDGE, TOKENS = 4, 32, 77  # latents of 256 px, token ids: 16 KB of posterior and 0.3 KB of text
-IMAGE = 100_000  # bytes of a source image
 START = 60.0  # seconds until a new worker encodes: its process, its imports, its model
 JUDGED = 1.0  # seconds that decoding the first samples takes
 
@@ -67,71 +64,6 @@ class Scale:
     @property
     def ideal(self) -> float:
         return self.shards * self.seconds / self.workers
-
-
-# ---------------------------------------------------------------------------------------------------- what there is
-
-
-def config_of(name: str) -> CacheLatents:
-    """A resolved config: digests are filled in, but the dataset's."""
-    autoencoder = Autoencoder(kind="pretrained", path="simulated", f=8, channels=CHANNELS, digest="e" * 64)
-    return CacheLatents(
-        name=name, root=f"s3://simulated/{name}", data=Data(name="photographs"), autoencoder=autoencoder,
-        encoding=Encoding(resolution=8 * EDGE), conditions={"text": Condition(digest="7" * 64)}, accept=Accept(psnr=20),
-    )  # fmt: skip
-
-
-def dataset(config: CacheLatents, scale: Scale) -> CacheLatents:
-    """Source shards that nobody wrote; the config with their manifest's digest."""
-    step = shards.CHUNK // IMAGE
-    size = scale.images * IMAGE
-    splits = ["train"] * (scale.shards - 1) + ["held_out"]
-    rows = tuple(
-        Shard(f"shards/{at:06d}.tar", size, scale.images, step, _sha(at), _sha(~at), "", split, "", step * IMAGE)
-        for at, split in enumerate(splits)
-    )
-    store = open_store(config.root).at("datasets", config.data.name)
-    digest = publish_dataset(store, Manifest(DATASET, "photographs", ("jpg", "json", "txt"), rows))
-    return replace(config, data=replace(config.data, digest=digest))
-
-
-def sparse(size: int) -> Path:
-    """A file of so many bytes that takes no room."""
-    path = Path(tempfile.gettempdir(), f"calotype-{os.getpid()}.tar")
-    with open(path, "wb") as file:
-        file.truncate(size)
-    return path
-
-
-def _sha(number: int) -> str:
-    return f"{random.Random(number).getrandbits(256):064x}"
-
-
-def content(unit: Shard) -> dict[str, Any]:
-    """What the sidecar of a latent shard says; its figures depend on the source alone."""
-    draw = random.Random(unit.sha256)
-    sample = 2 * 2 * CHANNELS * EDGE**2 + 4 * TOKENS + 3 * 512 + 400
-    each = max(1, min(task.CHUNK_SAMPLES, shards.CHUNK // sample))
-    offsets = [min(at, unit.samples) * sample for at in range(0, unit.samples + each, each)]
-    hashes = [f"{draw.getrandbits(256):064x}" for _ in offsets[1:]]
-    arrays = {"latent.npy": {"dtype": "<f2", "shape": [2, CHANNELS, EDGE, EDGE]}}
-    return {
-        "split": unit.split, "source_sha256": unit.sha256, "columns_sha256": "", "bytes": unit.samples * sample + 1024,
-        "samples": unit.samples, "chunk_samples": each, "chunk_bytes": each * sample, "buckets": [],
-        "sha256": f"{draw.getrandbits(256):064x}", "chunks": {"offsets": offsets, "blake3": hashes},
-        "members": ["json", "latent.npy", "text.npy"],
-        "arrays": arrays | {"text.npy": {"dtype": "<i4", "shape": [TOKENS]}},
-    }  # fmt: skip
-
-
-def judged(unit: Shard, shard: Shard, worker: int, spent: float) -> Made:
-    draw = random.Random(unit.sha256)
-    count = unit.samples * EDGE**2
-    sums = {name: [draw.gauss(0.5, 0.01) * count for _ in range(CHANNELS)] for name in ("sum", "squares", "variance")}
-    figures = {"count": count, **sums, "largest": draw.uniform(3, 9), "labels": 0, "cut": draw.randrange(9)}
-    decoded = tuple(Decoded(f"{unit.key[7:13]}{at:04d}", round(draw.gauss(31, 2), 2), 31.0) for at in range(2))
-    device = "NVIDIA H100 80GB HBM3; torch 2.13.0; diffusers 0.42.1"
-    return Made(unit, shard, figures, device, (), decoded, unit.samples, Spent(worker, 8, spent, spent, spent, 2.0))
 
 
 # ------------------------------------------------------------------------------------------------------- a worker
@@ -156,7 +88,7 @@ class Simulation:
         s3._client = lambda attempts=8: self.bucket
         queue.time = SimpleNamespace(monotonic=lambda: self.bucket.now)
         self.dice = random.Random(1)
-        self.open(dataset(config_of(self.name.replace(" ", "-")), self.scale))
+        self.open(invented.dataset(self.name.replace(" ", "-"), self.scale.shards, self.scale.images))
 
     def open(self, config: CacheLatents) -> None:
         self.config = config
@@ -201,16 +133,16 @@ class Simulation:
             seconds = there.bytes / BANDWIDTH + there.chunks * LATENCY["get"]
             bucket.spread("get", self.folder, 1 + there.chunks, bucket.now, bucket.now + seconds)
             yield seconds
-            return (yield from self.judge(replace(judged(unit, there, worker, 0.0), images=0, spent=None)))
+            return (yield from self.judge(replace(invented.judged(unit, there, worker, 0.0), images=0, spent=None)))
         began = bucket.now
         bucket.spread("get", self.shards, 1 + unit.chunks, began, began + self.scale.seconds)  # sidecar, chunks
         yield self.scale.seconds
-        if not self.latents.publish(key, sparse(content(unit)["bytes"])):
+        if not self.latents.publish(key, invented.sparse(invented.content(unit)["bytes"])):
             shards._sha256_of(self.latents, key)  # its maker died before the sidecar: the bytes are compared
         yield bucket.took()
-        shard = shards.publish_sidecar(self.latents, key, content(unit))
+        shard = shards.publish_sidecar(self.latents, key, invented.content(unit))
         yield bucket.took()
-        return (yield from self.judge(judged(unit, shard, worker, bucket.now - began)))
+        return (yield from self.judge(invented.judged(unit, shard, worker, bucket.now - began)))
 
     def judge(self, made: Made) -> Generator[float, None, Made]:
         for folder in (self.shards, self.folder):  # `accept.decoded`: sidecar and first chunk of both
@@ -364,12 +296,20 @@ def drained(body: Callable[[], Any]) -> None:
 def driver(scale: Scale) -> dict[str, float]:
     """What the driver does with results, in its own process: real megabytes at its end, and seconds of CPU."""
     rows = 2000
-    unit = Shard("shards/000000.tar", scale.images * IMAGE, scale.images, 40, _sha(0), _sha(1), _sha(2))
+    unit = Shard(
+        "shards/000000.tar",
+        scale.images * invented.IMAGE,
+        scale.images,
+        40,
+        invented.sha(0),
+        invented.sha(1),
+        invented.sha(2),
+    )
     results = []
     for number in range(rows):
-        one = replace(unit, key=f"shards/{number:06d}.tar", sha256=_sha(number))
-        sidecar = manifest.canonical({"format": shards.SIDECAR, **content(one)})
-        results.append(pickle.dumps(judged(one, shards.row_of(cache.latent_key(one), sidecar), 0, 100.0)))
+        one = replace(unit, key=f"shards/{number:06d}.tar", sha256=invented.sha(number))
+        sidecar = manifest.canonical({"format": shards.SIDECAR, **invented.content(one)})
+        results.append(pickle.dumps(invented.judged(one, shards.row_of(cache.latent_key(one), sidecar), 0, 100.0)))
     tracemalloc.start()
     held = [pickle.loads(one) for one in results]
     size = tracemalloc.get_traced_memory()[0] / 1e6 * scale.shards / rows
@@ -411,10 +351,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     scale = Scale(int(args.shards), args.workers, args.images, args.seconds)
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        found = measured(scale, args.deaths)
+    print(json.dumps(found) if args.json else shown(scale, found))
+
+
+def measured(scale: Scale, dying: float) -> dict[str, dict[str, float]]:
+    """Situation -> its figures."""
     checked()
     found: dict[str, dict[str, float]] = {}
     manifests = set()
-    for name, deaths in (("calm", 0.0), ("deaths", args.deaths), ("driver too", args.deaths)):
+    for name, deaths in (("calm", 0.0), ("deaths", dying), ("driver too", dying)):
         began = time.perf_counter()
         simulation = Simulation(scale, name, deaths, name == "driver too")
         simulation.run()
@@ -423,7 +370,7 @@ def main() -> None:
         print(f"{name}: simulated in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     assert len(manifests) == 1, "the cache is not the same, whoever died"
     found["calm"] |= driver(scale)
-    print(json.dumps(found) if args.json else shown(scale, found))
+    return found
 
 
 if __name__ == "__main__":
