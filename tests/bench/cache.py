@@ -42,7 +42,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT), str(ROOT / "platform")]
 
-import cache_gpu  # noqa: E402
+from tests.bench import cache_gpu  # noqa: E402
 
 BATCH, WORKERS = 16, 2
 SHARD = 640  # images: whole batches, for the last one of a shard is padded
