@@ -1,13 +1,13 @@
 # Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
 # Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale bench-cache peers chaos clean
+.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale bench-cache bench-cache-scale peers chaos clean
 PY := .venv/bin/python
 
 help: ## this list
 	@echo "Calotype: train latent diffusion models, from a laptop to a cluster."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 install: ## .venv with everything pinned; nothing to do if it is there and fits
 	@for python in python3 python3.13 python3.12 python3.11; do \
@@ -61,6 +61,9 @@ bench-scale: install ## the order at 10^9 samples and 4,096 ranks: seconds, memo
 
 bench-cache: install ## caching latents beside the bare encoder, one file per image, and Ray Data; bytes a sample
 	@$(PY) tests/bench/cache.py
+
+bench-cache-scale: install ## a cache of 10^5 shards on 1,000 dying workers, in virtual time: requests, work lost, commit
+	@$(PY) tests/bench/cache_scale.py
 
 clean: ## remove caches and builds; .venv and .calotype stay
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,6 +6,7 @@ python jobs/cache_latents.py data=digits autoencoder.path=run:mine
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from calotype.cli import job_main
@@ -23,19 +24,21 @@ resolve = cache.resolve
 def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any]:
     began = time.monotonic()
     units, made, tally = cache.plan(config), [], Tally()
+    make = partial(cache.make_leased, seen=cache.shown(units) if units else None)
     with Progress(len(units), "shards", "encode") as progress:
-        for _, result in spread.map(cache.make_leased, config, units, tally.in_hand):
+        for _, result in spread.map(make, config, units, tally.in_hand):
             made.append(result)
             tally.add(result)
             if tally.lost > config.data.error_budget:
                 cache.within_budget(made, config)  # refuses, now and not after days
-            speed = tally.speeds().get("images_per_second", 0.0)
-            progress.update(len(made), leased=tally.leased, **{"images/s": speed})
+            progress.update(len(made), leased=tally.leased, **{"images/s": tally.rate})
             if tally.due(len(units)):
                 tracker.log(tally.figures(len(units)), tally.images)
             if result.grid is not None:
                 tracker.picture("reconstructions", result.grid, 0)
     figures = cache.commit(config, made)
+    if tally.encoded:
+        figures["start_seconds"] = round(tally.began - began, 1)
     figures |= forecast.compared(config, figures, time.monotonic() - began)
     data = Dataset(config.data.name, config.data.digest, f"{config.root}/datasets/{config.data.name}", "encoding")
     tracker.inputs([data], makers(config.root, "train_autoencoder", config.autoencoder.path))

@@ -1,4 +1,4 @@
-"""Latents by Ray Data: `python cache_ray_data.py WEIGHTS ROOT TAR...`; says its images per second.  See cache.py."""
+"""Latents by Ray Data: `cache_ray_data.py WEIGHTS SIZE ROOT TAR...`; says its images per second.  See cache.py."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 
 
 class Encoder:
-    def __init__(self, weights: str) -> None:
-        self.model = cache.encoder(weights)
+    def __init__(self, weights: str, size: int) -> None:
+        self.model, self.size = cache.encoder(weights), size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         began = time.time()
-        latents = cache.encoded(self.model, np.stack([cache.decoded(one) for one in batch["jpg"]]))
+        latents = cache.encoded(self.model, np.stack([cache.decoded(one, self.size) for one in batch["jpg"]]))
         return {"key": batch["__key__"], "latent": latents, "began": np.full(len(latents), began)}
 
 
 def main() -> None:
-    weights, root, *tars = sys.argv[1:]
+    weights, size, root, *tars = sys.argv[1:]
     began = time.time()
     import pyarrow.fs
     import ray
@@ -34,7 +34,11 @@ def main() -> None:
         "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}})  # fmt: skip
     data = ray.data.read_webdataset([f"{bucket}/{key}" for key in tars], filesystem=store, decoder=None)
     made = data.map_batches(
-        Encoder, fn_constructor_args=(weights,), batch_size=cache.BATCH, concurrency=cache.WORKERS, num_cpus=0.4
+        Encoder,
+        fn_constructor_args=(weights, int(size)),
+        batch_size=cache.BATCH,
+        concurrency=cache.WORKERS,
+        num_cpus=0.4,
     ).materialize()
     made.write_parquet(f"{root.removeprefix('s3://')}/ray", filesystem=store)
     count, first, now = made.count(), made.min("began"), time.time()

@@ -19,6 +19,7 @@ from calotype.environment import Worker
 from calotype.errors import DataError
 from calotype.tasks import accept
 from calotype.tasks import cache as task
+from calotype.tasks.made import recognised
 from diffusers import AutoencoderKL
 
 from tests.caches import autoencoder_folder, config_of, dataset, latents_of, run, sample
@@ -217,5 +218,5 @@ def test_what_a_shard_remembers_of_the_first_format_still_counts(tmp_path: Path)
     assert found.pop("decoded")
     assert found.pop("lost") == []
     store.write(key, json.dumps(found | {"format": "calotype.made/1", "device": "an old one"}).encode())
-    again = task.recognised(open_store(config.root).at("datasets", "toy"), store, unit, made.shard)
+    again = recognised(open_store(config.root).at("datasets", "toy"), store, unit, made.shard)
     assert (again.device, again.statistics, again.decoded) == ("an old one", made.statistics, [])

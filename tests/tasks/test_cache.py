@@ -141,14 +141,16 @@ def test_a_restart_encodes_only_what_is_missing(config: CacheLatents, tmp_path: 
     encode_shard(first)
     encode_shard(second)
     latents_of(config).delete(cache.latent_key(second).replace(".tar", ".made.json"))  # killed before it was written
-    assert task.plan(config) == [third]
+    assert task.plan(config) == [second, third]  # the second one is read and judged, not encoded
     assert encode_shard(first).images == 0
-    figures = task.commit(config, [encode_shard(third)])
+    figures = task.commit(config, [encode_shard(second), encode_shard(third)])
     assert figures["shards_encoded"] == 1
     manifest, expected = (cache.load_cache(open_store(c.root), c) for c in (config, config_of(calm, weights)))
     assert manifest.shards == expected.shards
     assert manifest.meta["channel_std"] == expected.meta["channel_std"]
+    assert manifest.meta["acceptance"] == expected.meta["acceptance"]
     assert "not recorded" in manifest.meta["devices"]
+    assert len(cache.finished(latents_of(config), task_shards(config), {}, judged=True)) == 3
 
 
 @pytest.mark.parametrize(
@@ -306,8 +308,9 @@ def task_shards(config: CacheLatents) -> tuple[Shard, ...]:
 
 
 def test_the_picture_shows_originals_beside_reconstructions(config: CacheLatents) -> None:
-    encode_shard = task.make(config, Worker())
-    made = [encode_shard(unit) for unit in task.plan(config)]
+    units = task.plan(config)
+    encode_shard = task.make(config, Worker(), seen=task.shown(units))
+    made = [encode_shard(unit) for unit in units]
     (grid,) = [found.grid for found in made if found.grid is not None]
     assert grid.size == (8 * 16, 2 * 16)  # five held-out images and their reconstructions
     held_out = [s for s in task_shards(config) if s.split == "held_out"]

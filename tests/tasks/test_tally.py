@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from calotype.data.manifest import Shard
 from calotype.tasks.encode import Lost
-from calotype.tasks.tally import Made, Spent, Tally
+from calotype.tasks.made import Made, Spent
+from calotype.tasks.tally import Tally
 
 SHARD = Shard("x.tar", 1000, 10, 5, "", "")
 
@@ -25,6 +26,18 @@ def test_speeds_add_up_over_workers_and_shares_are_of_their_time() -> None:
     assert (figures["quarantined"], figures["read_retries"], figures["shards_leased"]) == (2, 8, 0)
     tally.in_hand(2)
     assert tally.figures(units=6)["shards_leased"] == 2
+
+
+def test_of_many_workers_a_few_figures_are_told() -> None:
+    """A thousand workers must not be a thousand curves."""
+    tally = Tally([made(worker, images=10 + worker) for worker in range(1000) for _ in range(2)])
+    told = {name: value for name, value in tally.speeds().items() if name.startswith("images_per_second")}
+    assert told == {
+        "images_per_second": sum(10 + worker for worker in range(1000)) / 2,
+        "images_per_second_slowest": 5.0,
+        "images_per_second_median": 255.0,
+        "images_per_second_fastest": 504.5,
+    }
 
 
 def test_where_nothing_was_encoded_there_is_no_speed() -> None:

@@ -243,15 +243,24 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return made
 
 
-def finished(latents: Store, shards: Iterable[Shard], taken: Taken) -> list[Shard]:
-    """Those source shards whose latents are committed, or all taken down, by one listing."""
+def finished(latents: Store, shards: Iterable[Shard], taken: Taken, judged: bool = False) -> list[Shard]:
+    """Those source shards whose latents are committed, or all taken down, by one listing.
+
+    Args:
+        judged: only those of which their maker has also said how they are.
+    """
     there = {entry.key for entry in latents.list()}
 
     def done(shard: Shard) -> bool:
         key = latent_key(shard, taken.get(shard.sha256, ()))
-        return sidecar_key(key) in there or gone(shard, taken)
+        return gone(shard, taken) or (sidecar_key(key) in there and (not judged or made_key(key) in there))
 
     return [shard for shard in shards if done(shard)]
+
+
+def made_key(key: str) -> str:
+    """Of what the maker of a latent shard remembers of it."""
+    return f"{key.removesuffix('.tar')}.made.json"
 
 
 def latent_key(source: Shard, taken: Collection[str] = ()) -> str:

@@ -105,14 +105,19 @@ def publish_sidecar(store: Store, key: str, content: Mapping[str, Any]) -> Shard
     return row_of(key, data)
 
 
-def existing_shard(store: Store, key: str) -> Shard | None:
-    """The row of a shard that was finished before, from its sidecar; None if it was not."""
+def existing_shard(store: Store, key: str, sizes: Mapping[str, int] | None = None) -> Shard | None:
+    """The row of a shard that was finished before, from its sidecar; None if it was not.
+
+    Args:
+        sizes: of the store's keys, where they have been listed: many shards are not asked for one by one.
+    """
     try:
         shard = row_of(key, store.read(sidecar_key(key)))
     except Missing:
         return None
-    sizes = [entry.size for entry in store.list(key) if entry.key == key]
-    if sizes != [shard.bytes]:
+    if sizes is None:
+        sizes = {entry.key: entry.size for entry in store.list(key)}
+    if sizes.get(key) != shard.bytes:
         raise DataError(f"{store.uri}/{key} has not the {shard.bytes} bytes of its sidecar: delete both, run again")
     return shard
 

@@ -52,14 +52,15 @@ def decoded(
     config: CacheLatents,
     device: str,
 ) -> tuple[list[Decoded], Tensor]:
-    """`count` samples of a latent shard, the first ones of each bucket, as the store gives them.
+    """Samples of a latent shard, the first ones of each bucket, as the store gives them.
 
     Args:
         original, cached: source shard and latent shard, each in its store.
         lost: rows of the source shard that have no latent.
+        count: of samples in the picture; `accept.samples` of them are judged, for which each is encoded once more.
 
     Returns:
-        how good each is, and (2n, 3, S, S) in [-1, 1] on the CPU: images and reconstructions in turn, smaller ones
+        how good those are, and (2n, 3, S, S) in [-1, 1] on the CPU: images and reconstructions in turn, smaller ones
         framed in white.
 
     Raises:
@@ -70,12 +71,13 @@ def decoded(
     from calotype.model import metrics
 
     chosen, f = _chosen(cached[1], count), config.autoencoder.f
+    judged = set(_chosen(cached[1], config.accept.samples))
     rows = cache.source_rows(*cached, lost)
     if max(rows) >= original[1].samples:
         raise Stranger(f"{cached[1].key} holds more samples than {original[0].where(original[1].key)} has")
     sources = shards.read_rows(*original, [rows[at] for at in chosen])
     found, pictures = [], []
-    for source, stored in zip(sources, shards.read_rows(*cached, chosen), strict=True):
+    for at, source, stored in zip(chosen, sources, shards.read_rows(*cached, chosen), strict=True):
         if source.key != stored.key:
             where = original[0].where(original[1].key)
             raise Stranger(f"a latent of sample {stored.key} lies in the place of {source.key} of {where}")
@@ -83,10 +85,11 @@ def decoded(
         size = latent.shape[-1] * f, latent.shape[-2] * f
         real = images.signed(torch.from_numpy(encode.decoded(source, config, size).pixels[None]))
         made = model.decode(latent.to(device)).clamp(-1, 1).cpu()
-        anew = model.decode(model.encode(real.to(device))[0]).clamp(-1, 1).cpu()
-        psnr, fresh = (float(metrics.psnr(each, real).clamp(max=BEST)) for each in (made, anew))
-        found.append(Decoded(source.key, round(psnr, 2), round(fresh, 2)))
         pictures += [real[0], made[0]]
+        if at in judged:
+            anew = model.decode(model.encode(real.to(device))[0]).clamp(-1, 1).cpu()
+            psnr, fresh = (float(metrics.psnr(each, real).clamp(max=BEST)) for each in (made, anew))
+            found.append(Decoded(source.key, round(psnr, 2), round(fresh, 2)))
     return found, torch.stack(_framed(pictures))
 
 

@@ -7,12 +7,11 @@ What a shard's bytes are depends on the shard and the encoding alone; a shard th
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,27 +20,22 @@ from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
 from calotype.data import cache, get, lease, shards, statistics, takedowns
 from calotype.data.elsewhere import dataset_store
 from calotype.data.manifest import CACHE, Manifest, Shard, cache_manifest, load_dataset, publish_cache
-from calotype.data.shards import Sample
-from calotype.data.store import Missing, Store, open_store
+from calotype.data.store import Store, open_store
 from calotype.environment import Held, Worker
 from calotype.errors import ConfigError, DataError
 from calotype.model import digests
 from calotype.tasks import accept, encode
-from calotype.tasks.accept import Decoded
 from calotype.tasks.autoencoder import published
-from calotype.tasks.encode import Latent, Lost
-from calotype.tasks.tally import Made, Spent, Tally
+from calotype.tasks.encode import Lost
+from calotype.tasks.made import Made, Spent, recognised, remember, written
+from calotype.tasks.tally import Tally
 
 Job = TypeVar("Job", CacheLatents, TrainDenoiser)
 T = TypeVar("T")
 R = TypeVar("R")
 
-MADE, MADE_1 = "calotype.made/2", "calotype.made/1"
-REMEMBERED: dict[str, Callable[..., Any]] = {"lost": Lost, "decoded": Decoded}
-SHOWN = 16  # images whose reconstructions are drawn
-CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
-NOT_RECORDED = "not recorded"
-READERS = 16  # sidecars read at once when a cache is committed
+SHOWN = 8  # images whose reconstructions are drawn
+READERS = 64  # sidecars read at once when a cache is committed
 
 
 # ------------------------------------------------------------------------------------------------ on submit
@@ -106,31 +100,35 @@ def _check_source(name: str, condition: Condition, dataset: Manifest) -> None:
 
 
 def plan(config: CacheLatents) -> list[Shard]:
-    """The source shards, of both splits, whose latents are not there yet, and the one that is shown.
-
-    None when the cache is finished.
+    """The source shards, of both splits, whose latents are not there yet, or whose maker died before it judged them,
+    and the one that is shown.  None when the cache is finished.
     """
     root = open_store(config.root)
     if cache.find_cache(root, config) is not None:
         return []
     dataset = load_dataset(_dataset_store(config), config.data.digest)
     taken = takedowns.everything(root)
-    done = set(cache.finished(cache.latents_of(root, cache.encoding_of(config)), dataset.shards, taken))
-    again = shown(dataset)
-    return [s for s in dataset.shards if s not in done or (s == again and not takedowns.gone(s, taken))]
+    latents = cache.latents_of(root, cache.encoding_of(config))
+    done = set(cache.finished(latents, dataset.shards, taken, judged=True))
+    seen = shown(dataset.shards)
+    return [s for s in dataset.shards if s not in done or (s == seen and not takedowns.gone(s, taken))]
 
 
-def shown(dataset: Manifest) -> Shard:
-    """The source shard of which a few reconstructions are drawn: held out, where there is such a one."""
-    return next((shard for shard in dataset.shards if shard.split != "train"), dataset.shards[0])
+def shown(units: Sequence[Shard]) -> Shard:
+    """The source shard of which a few reconstructions are drawn: held out, where there is such a one.
+
+    Args:
+        units: all source shards, or those that `plan` gave, of which it is the same one.
+    """
+    return next((shard for shard in units if shard.split != "train"), units[0])
 
 
 # ----------------------------------------------------------------------------------------------- on workers
 
 
-def make_leased(config: CacheLatents, worker: Worker) -> Callable[..., Made | Held]:
+def make_leased(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Callable[..., Made | Held]:
     """As `make`, but a shard that another job has in hand is left to it, until that job gives no more signs of life."""
-    work = make(config, worker)
+    work = make(config, worker, seen)
     root = open_store(config.root)
     latents = root.at("latents", cache.encoding_id(cache.encoding_of(config)))
 
@@ -144,8 +142,12 @@ def make_leased(config: CacheLatents, worker: Worker) -> Callable[..., Made | He
     return made
 
 
-def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
-    """A function that encodes one source shard and commits its latents, or recognises that they are there."""
+def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Callable[[Shard], Made]:
+    """A function that encodes one source shard and commits its latents, or recognises that they are there.
+
+    Args:
+        seen: the source shard that is `shown`.  Said by the driver: 1,000 workers need not read 30 MB of manifest each.
+    """
     from calotype.model import conditioner, metrics
     from calotype.model.autoencoder import load_autoencoder
 
@@ -157,8 +159,6 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
         if condition.source == "text":
             conditioner.inputs(condition, [""], worker.device)  # loads it once, before threads ask for it
 
-    seen = shown(load_dataset(source, config.data.digest))
-
     def made(unit: Shard) -> Made:
         found = encode_shard(unit)
         if found.decoded and unit != seen:
@@ -168,7 +168,7 @@ def make(config: CacheLatents, worker: Worker) -> Callable[[Shard], Made]:
             lost = {one.row for one in found.lost} | takedowns.rows(source, unit, takedowns.of_shard(root, unit.sha256))
             compared = (source, unit), (latents, found.shard), lost, count, config, worker.device
             decoded, pictures = pool.submit(accept.decoded, model, *compared).result()
-        new, found = not found.decoded, replace(found, decoded=decoded[: config.accept.samples])
+        new, found = not found.decoded, replace(found, decoded=decoded)
         if new:
             remember(latents, found)
         return replace(found, grid=metrics.grid(pictures, columns=8)) if unit == seen else found
@@ -219,74 +219,6 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[
             yield coming.popleft().result()
     while coming:
         yield coming.popleft().result()
-
-
-def written(
-    latents: Store, key: str, made: Sequence[Latent], unit: Shard, bucketed: bool
-) -> tuple[Shard, list[Sample]]:
-    """Commit a latent shard; its row and samples.  Of two writers whose machines differ in a bit the first wins."""
-    samples = [one.sample for one in made]
-    columns = {cache.ROW: [one.row for one in made]} if bucketed else None
-    buckets = [one.bucket for one in made] if bucketed else ()
-
-    def write(samples: list[Sample]) -> Shard:
-        return shards.write_shard(latents, key, samples, CHUNK_SAMPLES, unit.split, columns, unit.sha256, buckets)
-
-    try:
-        return write(samples), samples
-    except DataError:
-        theirs = shards.read_tar(latents, key)
-        if [sample.key for sample in theirs] != [sample.key for sample in samples]:
-            raise
-        return write(theirs), theirs
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-
-
-def remember(latents: Store, made: Made) -> None:
-    data: dict[str, Any] = {"format": MADE, "sha256": made.shard.sha256}
-    data.update(statistics=made.statistics, device=made.device)
-    data.update({name: [astuple(one) for one in getattr(made, name)] for name in REMEMBERED})
-    latents.publish(made_key(made.shard.key), json.dumps(data, sort_keys=True).encode())
-
-
-def remembered(latents: Store, unit: Shard, shard: Shard) -> Made | None:
-    """What the maker of a latent shard left beside it; None if it died before it did."""
-    try:
-        found = json.loads(latents.read(made_key(shard.key)))
-    except Missing:
-        return None
-    if found.get("format") not in (MADE, MADE_1) or found.get("sha256") != shard.sha256:
-        return None
-    lost, decoded = ([kind(*one) for one in found.get(name, ())] for name, kind in REMEMBERED.items())
-    return Made(unit, shard, found["statistics"], found["device"], lost, decoded)
-
-
-def recognised(source: Store, latents: Store, unit: Shard, shard: Shard, taken: Collection[str] = frozenset()) -> Made:
-    """A finished shard, with what its maker remembered of it; computed from its bytes, if that died in between."""
-    if (found := remembered(latents, unit, shard)) is not None:
-        return found
-    figures = statistics.of_samples(shards.iterate(latents, [shard]))
-    lost = [one for one in _lost(source, latents, unit, shard) if takedowns.mark(one.key) not in taken]
-    return Made(unit, shard, figures, NOT_RECORDED, lost)
-
-
-def _lost(source: Store, latents: Store, unit: Shard, shard: Shard) -> list[Lost]:
-    """The samples of a source shard that its latent shard lacks, found by their keys."""
-    if shard.samples == unit.samples:
-        return []
-    kept = Counter(sample.key for sample in shards.iterate(latents, [shard]))
-    lost = []
-    for row, sample in enumerate(shards.iterate(source, [unit])):
-        if not kept[sample.key]:
-            lost.append(Lost(row, sample.key, NOT_RECORDED))
-        kept[sample.key] -= 1
-    return lost
-
-
-def made_key(key: str) -> str:
-    return f"{key.removesuffix('.tar')}.made.json"
 
 
 # -------------------------------------------------------------------------------------------------- at the end
@@ -353,9 +285,10 @@ def _manifest(
     made = {one.source.sha256: one for one in results if one.shard.key == keys.get(one.source.sha256)}
     missing = [shard for shard in kept if shard.sha256 not in made]
     store = _dataset_store(config)
+    sizes = {entry.key: entry.size for entry in latents.list()} if missing else {}
 
     def recognise(source: Shard) -> Made:
-        shard = shards.existing_shard(latents, keys[source.sha256])
+        shard = shards.existing_shard(latents, keys[source.sha256], sizes)
         if shard is None:
             raise DataError(f"the latents of {source.key} are missing under {latents.uri}: run the job again")
         return recognised(store, latents, source, shard, taken.get(source.sha256, ()))

@@ -27,7 +27,7 @@ from calotype.data.store import Missing, open_store
 from calotype.environment import Worker
 from calotype.errors import DataError
 from calotype.tasks import encode
-from calotype.tasks.cache import CHUNK_SAMPLES
+from calotype.tasks.made import CHUNK_SAMPLES
 
 BATCHES = 3  # timed, of every thread; one more warms it up
 

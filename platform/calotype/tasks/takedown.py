@@ -37,9 +37,9 @@ from calotype.data.manifest import (
 from calotype.data.store import Store, open_store
 from calotype.errors import CalotypeError, DataError
 from calotype.tasks import accept
-from calotype.tasks.cache import NOT_RECORDED, READERS, made_key, remember, remembered, written
+from calotype.tasks.cache import READERS
 from calotype.tasks.encode import Latent
-from calotype.tasks.tally import Made
+from calotype.tasks.made import NOT_RECORDED, Made, remember, remembered, written
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -267,7 +267,7 @@ def rewrite(uri: str) -> None:
             new = _stem(source, taken)
             old = [stem for stem in latents if stem != new and cache.source_of(stem) == source]
             old = [stem for stem in old if sidecar_key(f"{stem}.tar") in there]
-            if old and not {sidecar_key(f"{new}.tar"), made_key(f"{new}.tar")} <= there:
+            if old and not {sidecar_key(f"{new}.tar"), cache.made_key(f"{new}.tar")} <= there:
                 work.append((root.at("latents", encoding), old[0], taken[source]))
     _each(_rewritten, work, "rewrite", REWRITERS)
 

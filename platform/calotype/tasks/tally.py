@@ -3,68 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from calotype.data.manifest import Shard
-from calotype.data.statistics import Statistics
-from calotype.tasks.accept import Decoded
-from calotype.tasks.encode import Lost
-
-if TYPE_CHECKING:
-    from PIL import Image
-
+from calotype.tasks.made import Made
 
 EVERY = 5.0  # seconds between two points of a figure
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Seconds that a worker took for a shard; `decode` and `encode` are those of its `threads`, together."""
-
-    worker: int
-    threads: int
-    whole: float
-    decode: float
-    encode: float
-    write: float
-
-
-@dataclass(frozen=True)
-class Made:
-    """One latent shard of a source shard.
-
-    Attributes:
-        lost: source samples that have no latent.
-        decoded: how good its first samples are; of the shard that is shown, `grid` is their picture.
-        images: that were encoded now: 0 where it was there already.
-        spent: seconds, where it was encoded now.
-        retries: requests to the store that reading for it made again.
-    """
-
-    source: Shard
-    shard: Shard
-    statistics: Statistics
-    device: str
-    lost: Sequence[Lost] = ()
-    decoded: Sequence[Decoded] = ()
-    images: int = 0
-    spent: Spent | None = None
-    grid: Image.Image | None = None
-    retries: int = 0
+NAMED = 16  # workers whose speeds are told one by one; of more, the slowest, the middle and the fastest
 
 
 class Tally:
     """Of the shards that are done; one more is added in O(1), for there may be 10^5.
 
-    `leased` is how many are in workers' hands.
+    Attributes:
+        leased: how many are in workers' hands.
+        rate: images per second of all workers together, while they have a shard in hand.
+        began: by `time.monotonic`, when the first worker had one; infinite before.
     """
 
     def __init__(self, results: Iterable[Made] = ()) -> None:
         self.shards = self.encoded = self.images = self.bytes = self.lost = self.retries = self.leased = 0
         self._whole = self._threads = self._decode = self._encode = self._write = 0.0
-        self._told = 0.0
+        self._told, self.rate, self.began = 0.0, 0.0, float("inf")
         self._each: dict[int, tuple[int, float]] = {}  # worker -> (images, seconds)
         for made in results:
             self.add(made)
@@ -83,8 +42,10 @@ class Tally:
         self._decode, self._encode, self._write = (
             self._decode + spent.decode, self._encode + spent.encode, self._write + spent.write
         )  # fmt: skip
+        self.began = min(self.began, time.monotonic() - spent.whole)
         images, seconds = self._each.get(spent.worker, (0, 0.0))
-        self._each[spent.worker] = images + made.images, seconds + spent.whole
+        now = self._each[spent.worker] = images + made.images, seconds + spent.whole
+        self.rate += _rate(*now) - _rate(images, seconds)
 
     def in_hand(self, shards: int) -> None:
         self.leased = shards
@@ -93,13 +54,16 @@ class Tally:
         """Images per second, over all workers and of each, and shares of their time; {} where nothing was encoded."""
         if not self._each:
             return {}
-        rates = {worker: images / max(seconds, 1e-9) for worker, (images, seconds) in sorted(self._each.items())}
+        rates = {f"worker_{worker}": _rate(*done) for worker, done in sorted(self._each.items())}
+        if len(rates) > NAMED:
+            ordered = sorted(rates.values())
+            rates = {"slowest": ordered[0], "median": ordered[len(ordered) // 2], "fastest": ordered[-1]}
         return {
-            "images_per_second": round(sum(rates.values()), 1),
+            "images_per_second": round(self.rate, 1),
             "encoder_busy_percent": round(100 * self._encode / self._threads, 1),
             "decode_percent": round(100 * self._decode / self._threads, 1),
             "write_percent": round(100 * self._write / self._whole, 1),
-            **{f"images_per_second_worker_{worker}": round(rate, 1) for worker, rate in rates.items()},
+            **{f"images_per_second_{which}": round(rate, 1) for which, rate in rates.items()},
         }
 
     def due(self, units: int) -> bool:
@@ -115,3 +79,7 @@ class Tally:
         counts = {"shards_done": self.shards, "shards_leased": self.leased, "shards_left": units - self.shards}
         counts |= {"bytes_written": self.bytes, "quarantined": self.lost, "read_retries": self.retries}
         return {**self.speeds(), **counts}
+
+
+def _rate(images: int, seconds: float) -> float:
+    return images / max(seconds, 1e-9)
