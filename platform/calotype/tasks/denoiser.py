@@ -145,8 +145,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
 
-    arrays = ("latent", *([cache.MIRRORED] if config.train.flip else []), *config.conditions)
-    stream = batches.stream(config, source_of("train"), worker, arrays)
+    stream = batches.stream(config, source_of("train"), worker, _arrays(config))
     task = loop.Task(
         engines={NAME: engine},
         batches=stream.seek,
@@ -166,6 +165,11 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         _refuse_superseded(record, manifest.digest, cache.load_cache(root, config).digest)
         raise
     return {} if figures.pop("stopped") else figures
+
+
+def _arrays(config: TrainDenoiser) -> tuple[str, ...]:
+    """What is read of each stored sample."""
+    return ("latent", *([cache.MIRRORED] if config.train.flip else []), *config.conditions)
 
 
 def losses(engine: Engine, diffusion: Any, part: Mapping[str, Tensor]) -> Tensor:
