@@ -5,6 +5,7 @@ python jobs/cache_latents.py data=digits autoencoder.path=run:mine
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import partial
 from typing import Any
@@ -19,21 +20,26 @@ from calotype.tasks.tally import Tally
 from calotype.track import Dataset, Tracker
 
 resolve = cache.resolve
+log = logging.getLogger(__name__)
 
 
 def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any]:
     began = time.monotonic()
-    units, made, tally = cache.plan(config), [], Tally()
+    units, made = cache.plan(config), []
+    shards, images = cache.there_before(config, units)
+    tally = Tally(images=images)
     make = partial(cache.make_leased, seen=cache.shown(units) if units else None)
-    with Progress(len(units), "shards", "encode") as progress:
+    with Progress(shards + len(units), "shards", "encode") as progress:
         for _, result in spread.map(make, config, units, tally.in_hand):
             made.append(result)
             tally.add(result)
             if tally.lost > config.data.error_budget:
                 cache.within_budget(made, config)  # refuses, now and not after days
-            progress.update(len(made), leased=tally.leased, **{"images/s": tally.rate})
+            for one in result.lost:
+                log.warning("left out: %s/%s: %s", result.source.key, one.key, one.reason)
+            progress.update(shards + len(made), leased=tally.leased, **{"images/s": tally.rate})
             if tally.due(len(units)):
-                tracker.log(tally.figures(len(units)), tally.images)
+                tracker.log(tally.figures(len(units)), tally.seen)
             if result.grid is not None:
                 tracker.picture("reconstructions", result.grid, 0)
     figures = cache.commit(config, made)

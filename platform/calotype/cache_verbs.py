@@ -116,12 +116,13 @@ def _words(encoding: dict[str, Any]) -> str:
     autoencoder = encoding["autoencoder"]
     conditions = [f"{name} {form.get('mode', form['source'])}" for name, form in encoding["conditions"].items()]
     shapes = f" in {len(encoding['buckets'])} shapes" if "buckets" in encoding else ""
+    how = [word for word, chosen in (("bf16", "precision" in encoding), ("compiled", "compile" in encoding)) if chosen]
     words = [
         f"{encoding['resolution']} px{shapes}",
         f"f {autoencoder['f']}",
         f"{encoding['dtype']} {encoding['posterior']}",
     ]
-    return ", ".join([*words, f"encoder {autoencoder['encoder'][:8]}", *conditions])
+    return ", ".join([*words, " ".join([f"encoder {autoencoder['encoder'][:8]}", *how]), *conditions])
 
 
 def _named(records: Sequence[runs.Record], names: dict[str, list[str]]) -> str:

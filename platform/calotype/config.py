@@ -70,14 +70,18 @@ class Autoencoder:
 class Encoding:
     """How images become stored latents; part of the cache's identity."""
 
-    resolution: int = setting(32, "edge in pixels after resize (shorter side) and centre crop")
+    resolution: int = setting(
+        32, "edge in pixels of the centred square; with bucket_step: of a square of as many pixels"
+    )
     bucket_step: int = setting(
         0, "aspect buckets: sides are multiples of this, and hold at most resolution^2 pixels; 0: squares only"
     )
     bucket_aspect: float = setting(2.0, "aspect buckets: the longer side over the shorter, at most")
     dtype: str = setting("float16", "stored latents: float16 | float32 (numpy has no bfloat16)")
     posterior: str = setting("gaussian", "gaussian (mean and std are stored) | deterministic (mean only)")
-    batch: int = setting(64, "images per encoder call: fixed, tail padded, so that bytes never depend on workers")
+    batch: int = setting(
+        64, "images per encoder call: fixed, tail padded, so that bytes never depend on workers; part of E"
+    )
     mirrored: bool = setting(False, "the latent of each mirrored image too, for train.flip of the denoiser")
     precision: str = setting("fp32", "fp32 | bf16: in which the encoder computes; what is stored is `dtype`")
     compile: bool = setting(False, "torch.compile the encoder: faster on a GPU, after a minute")
@@ -89,7 +93,9 @@ class Accept:
 
     samples: int = setting(2, "of each shard, decoded and compared with their images", identity=False)
     psnr: float = setting(
-        -1.0, "dB they must reach on average; -1: the autoencoder's own run less 3, or 12 if brought", identity=False
+        -1.0,
+        "dB they must reach on average; -1: its own run's less 3, or 12 for weights of no run here",
+        identity=False,
     )
     psnr_loss: float = setting(1.0, "dB that storing may cost on average, against encoding anew", identity=False)
     collapsed: float = setting(0.5, "share of latent channels that may say nothing of the image", identity=False)

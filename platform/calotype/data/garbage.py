@@ -40,11 +40,11 @@ def stem(entry: Entry) -> str:
 
 
 def delete(root: Store, found: Mapping[str, Sequence[Entry]]) -> None:
-    """Sidecars first: without its sidecar a shard is no shard, however this ends."""
+    """Sidecars first: without its sidecar a shard is no shard, however this ends.  What E is, last of all."""
     for encoding, entries in found.items():
         store = root.at("latents", encoding)
         finishing = {sidecar_key(entry.key) for entry in entries if entry.key.endswith(".tar")}
-        for first in (True, False):
-            part = [entry.key for entry in entries if (entry.key in finishing) is first]
+        keys = {entry.key for entry in entries}
+        for part in (keys & finishing, keys - finishing - {"encoding.json"}, keys & {"encoding.json"}):
             with ThreadPoolExecutor(DELETERS, "delete") as pool:
                 list(pool.map(store.delete, part))

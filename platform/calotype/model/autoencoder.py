@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype import config
+from calotype.data import buckets
 from calotype.errors import ConfigError, DataError
 from calotype.model.build import instantiate
 from calotype.model.digests import autoencoder_shape, encoder_digest
@@ -48,7 +49,11 @@ class Autoencoder(nn.Module):
                 if part is not None:
                     part.to(torch.bfloat16)
         if encoding.compile:
-            self.model.encoder = torch.compile(self.model.encoder, dynamic=False)
+            # Past the limit a shape would run as it is, in other bits: which one, depended on the order of shards.
+            shapes = len(buckets.sizes(encoding.resolution, encoding.bucket_step, encoding.bucket_aspect))
+            limit = max(torch._dynamo.config.recompile_limit, 2 * shapes)  # the gate encodes single images too
+            torch._dynamo.config.recompile_limit = limit
+            self.model.encoder = torch.compile(self.model.encoder, dynamic=False, fullgraph=True)
         return self
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Stranger(DataError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A stored sample, decoded.  dB against its image; `fresh` of the same image encoded anew, in float32."""
+    """A stored sample, decoded.  dB against its image; `fresh` of the same image encoded anew by the same encoder."""
 
     key: str
     psnr: float

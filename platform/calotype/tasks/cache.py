@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from calotype import runs
+from calotype import checks, runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
 from calotype.data import cache, get, lease, shards, statistics, takedowns
 from calotype.data.elsewhere import dataset_store
@@ -63,9 +63,11 @@ def resolve_inputs(config: Job) -> Job:
     conditions = {name: replace(c, digest=digests.condition_digest(c)) for name, c in config.conditions.items()}
     for name, condition in conditions.items():
         _check_source(name, condition, dataset)
-    return replace(
+    resolved = replace(
         config, data=replace(config.data, digest=dataset.digest), autoencoder=autoencoder, conditions=conditions
     )
+    checks.check(resolved)  # once more, now that the factor and the channels of the autoencoder are known
+    return resolved
 
 
 def resolve_autoencoder(autoencoder: Autoencoder, root: str, resolution: int) -> Autoencoder:
@@ -101,7 +103,7 @@ def _check_source(name: str, condition: Condition, dataset: Manifest) -> None:
 
 def plan(config: CacheLatents) -> list[Shard]:
     """The source shards, of both splits, whose latents are not there yet, or whose maker died before it judged them,
-    and the one that is shown.  None when the cache is finished.
+    and the one that is shown.  Empty when the cache is finished.
     """
     root = open_store(config.root)
     if cache.find_cache(root, config) is not None:
@@ -112,6 +114,12 @@ def plan(config: CacheLatents) -> list[Shard]:
     done = set(cache.finished(latents, dataset.shards, taken, judged=True))
     seen = shown(dataset.shards)
     return [s for s in dataset.shards if s not in done or (s == seen and not takedowns.gone(s, taken))]
+
+
+def there_before(config: CacheLatents, units: Sequence[Shard]) -> tuple[int, int]:
+    """(source shards, samples) of the dataset that are not in `units`: a job that goes on begins there."""
+    rows = load_dataset(_dataset_store(config), config.data.digest).shards
+    return len(rows) - len(units), sum(row.samples for row in rows) - sum(unit.samples for unit in units)
 
 
 def shown(units: Sequence[Shard]) -> Shard:
@@ -182,15 +190,19 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
         with encode.exactly(worker.threads) as pool:
             batches = encode.batches(shards.iterate(source, [unit]), config)
             work = partial(encode.batch, model, config=config, device=worker.device)
-            parts = list(_in_order(pool, work, batches, ahead=2 * worker.threads))
+            parts: list[encode.Encoded] = []
+            for part in _in_order(pool, work, batches, ahead=2 * worker.threads):
+                parts.append(part)
+                if part.lost:  # refuses now, and not when all of a broken shard was tried
+                    accept.within_budget([(unit, one) for each in parts for one in _left(each.lost, taken)], config)
         # Only now: a latent's bits depend on its place in the batch, and the others' must stay what they were.
         kept = (one for part in parts for one in part.samples if takedowns.mark(one.sample.key) not in taken)
         latent = sorted(kept, key=lambda one: (one.bucket, one.row))
-        left_out = (one for part in parts for one in part.lost if takedowns.mark(one.key) not in taken)
-        lost = sorted(left_out, key=lambda one: one.row)
+        lost = sorted((one for part in parts for one in _left(part.lost, taken)), key=lambda one: one.row)
         if not latent:
             reason = lost[0].reason if lost else takedowns.REASON
-            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({reason})")
+            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({reason}): leave this shard out of the "
+                            "dataset")  # fmt: skip
         began = time.monotonic()
         shard, samples = written(latents, key, latent, unit, bool(config.encoding.bucket_step))
         now = time.monotonic()
@@ -200,6 +212,11 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
         return Made(unit, shard, figures, made_on, lost, (), len(samples), spent)
 
     return made
+
+
+def _left(lost: Iterable[Lost], taken: Collection[str]) -> Iterator[Lost]:
+    """Without those that were taken down: nobody misses them."""
+    return (one for one in lost if takedowns.mark(one.key) not in taken)
 
 
 def _check_unchanged(config: CacheLatents) -> None:
@@ -252,7 +269,9 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
         "samples_encoded": tally.images,
         "bytes": sum(total["bytes"] for total in totals),
         "captions_cut": manifest.meta["captions_cut"],
-        "quarantined": len(manifest.meta.get("quarantined", ())),
+        "quarantined": accepted.get("lost", 0),
+        "taken_down": len(manifest.meta.get("quarantined", ())) - accepted.get("lost", 0),
+        "images": sum(total["samples"] for total in totals) + len(manifest.meta.get("quarantined", ())),
         **{name: accepted[name] for name in ("psnr", "psnr_fresh") if name in accepted},
     }
     return figures | tally.speeds()

@@ -105,7 +105,7 @@ def batch(model: Any, unit: Batch, config: CacheLatents, device: str) -> Encoded
     """The latent samples of a batch, and its source samples that have none.
 
     Raises:
-        DataError: one of them has none, and `data.error_budget` is 0; or the autoencoder's weights are broken.
+        DataError: the autoencoder's weights are broken, or `encoding.dtype` is too narrow for what they give.
     """
     began = time.monotonic()
     sound: list[tuple[int, Sample, images.Picture, dict[str, Any]]] = []
@@ -114,9 +114,7 @@ def batch(model: Any, unit: Batch, config: CacheLatents, device: str) -> Encoded
         try:
             sound.append((row, sample, decoded(sample, config, unit.size), _about(sample, config.conditions)))
         except DataError as error:
-            if not config.data.error_budget:
-                raise
-            lost.append(Lost(row, sample.key, str(error)))
+            lost.append(Lost(row, sample.key, str(error).removeprefix(f"sample {sample.key}").lstrip(": ")))
     decoded_at = time.monotonic()
     if not sound:
         return Encoded((), lost, decoded_at - began)

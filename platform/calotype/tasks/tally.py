@@ -14,15 +14,20 @@ NAMED = 16  # workers whose speeds are told one by one; of more, the slowest, th
 class Tally:
     """Of the shards that are done; one more is added in O(1), for there may be 10^5.
 
+    Args:
+        images: whose source shards were done before: a run goes on counting where its last attempt ended.
+
     Attributes:
+        seen: images of all source shards that are done, by this attempt or before.
         leased: how many are in workers' hands.
         rate: images per second of all workers together, while they have a shard in hand.
         began: by `time.monotonic`, when the first worker had one; infinite before.
     """
 
-    def __init__(self, results: Iterable[Made] = ()) -> None:
+    def __init__(self, results: Iterable[Made] = (), images: int = 0) -> None:
         self.shards = self.encoded = self.images = self.bytes = self.lost = self.retries = self.leased = 0
         self._whole = self._threads = self._decode = self._encode = self._write = 0.0
+        self.seen = images
         self._told, self.rate, self.began = 0.0, 0.0, float("inf")
         self._each: dict[int, tuple[int, float]] = {}  # worker -> (images, seconds)
         for made in results:
@@ -30,6 +35,7 @@ class Tally:
 
     def add(self, made: Made) -> None:
         self.shards += 1
+        self.seen += made.source.samples
         self.lost += len(made.lost)
         self.retries += made.retries
         if (spent := made.spent) is None:
