@@ -70,9 +70,7 @@ class Autoencoder:
 class Encoding:
     """How images become stored latents; part of the cache's identity."""
 
-    resolution: int = setting(
-        32, "edge in pixels of the centred square; with bucket_step: of a square of as many pixels"
-    )
+    resolution: int = setting(32, "edge in pixels of the centred square; with bucket_step: of one of as many pixels")
     bucket_step: int = setting(
         0, "aspect buckets: sides are multiples of this, and hold at most resolution^2 pixels; 0: squares only"
     )
@@ -94,7 +92,7 @@ class Accept:
     samples: int = setting(2, "of each shard, decoded and compared with their images", identity=False)
     psnr: float = setting(
         -1.0,
-        "dB they must reach on average; -1: its own run's less 3, or 12 for weights of no run here",
+        "dB they must reach on average; -1: its own run's less 3, or 12 for weights of no run",
         identity=False,
     )
     psnr_loss: float = setting(1.0, "dB that storing may cost on average, against encoding anew", identity=False)

@@ -13,9 +13,8 @@ from calotype.config import Accept, Autoencoder, CacheLatents, Condition, Data, 
 from calotype.data import shards
 from calotype.data.manifest import DATASET, Manifest, Shard, publish_dataset
 from calotype.data.store import open_store
-from calotype.tasks import cache as task
 from calotype.tasks.accept import Decoded
-from calotype.tasks.made import Made, Spent
+from calotype.tasks.made import CHUNK_SAMPLES, Made, Spent
 
 CHANNELS, EDGE, TOKENS = 4, 32, 77  # latents of 256 px, token ids: 16 KB of posterior and 0.3 KB of text
 IMAGE = 100_000  # bytes of a source image
@@ -61,7 +60,7 @@ def content(unit: Shard) -> dict[str, Any]:
     """What the sidecar of a latent shard says; its figures depend on the source alone."""
     draw = random.Random(unit.sha256)
     sample = 2 * 2 * CHANNELS * EDGE**2 + 4 * TOKENS + 3 * 512 + 400
-    each = max(1, min(task.CHUNK_SAMPLES, shards.CHUNK // sample))
+    each = max(1, min(CHUNK_SAMPLES, shards.CHUNK // sample))
     offsets = [min(at, unit.samples) * sample for at in range(0, unit.samples + each, each)]
     hashes = [f"{draw.getrandbits(256):064x}" for _ in offsets[1:]]
     arrays = {"latent.npy": {"dtype": "<f2", "shape": [2, CHANNELS, EDGE, EDGE]}}

@@ -176,6 +176,8 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     bomb = encoded(Image.new("1", (20_000, 20_000)))
     with pytest.raises(DataError, match=r"^sample a: 20000x20000 .*max_pixels=100000000"):
         decode(bomb, 16, "sample a")
+    with pytest.raises(DataError, match=r"^sample a: 20000x20000 .*max_pixels=100000000"):
+        measured(bomb, "sample a")
     with pytest.raises(DataError, match="max_pixels=63"):
         decode(encoded(Image.new("RGB", (8, 8))), 8, max_pixels=63)
 

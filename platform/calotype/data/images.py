@@ -83,19 +83,22 @@ def signed(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def measured(data: bytes | memoryview, name: str = "image") -> Size:
+def measured(data: bytes | memoryview, name: str = "image", max_pixels: int = MAX_PIXELS) -> Size:
     """Width and height of the upright original, by its header; its pixels are decoded only where EXIF lies behind them.
 
     Raises:
-        DataError: not an image.
+        DataError: not an image, or more than `max_pixels`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, name, max_pixels)
             if image.format == "TIFF":  # its size is that of the upright image already
                 return image.size
             behind = image.format == "PNG" and "exif" not in image.info
             turned = (not behind or b"eXIf" in bytes(data)) and _turned(image)
             return (image.height, image.width) if turned else image.size
+    except DataError:
+        raise
     except Exception as error:
         raise _unreadable(name, error) from error
 
@@ -113,9 +116,7 @@ def upright(
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(f"{name}: {width}x{height} pixels are more than data.max_pixels={max_pixels}")
+            width, height = _check_size(image, name, max_pixels)
             if at_least and image.format == "JPEG":
                 image.draft(None, at_least[::-1] if _turned(image) else at_least)
             turned = ImageOps.exif_transpose(image)
@@ -126,6 +127,12 @@ def upright(
         raise DataError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     except Exception as error:  # Pillow's decoders raise anything on hostile bytes
         raise _unreadable(name, error) from error
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> Size:
+    if image.width * image.height > max_pixels:
+        raise DataError(f"{name}: {image.width}x{image.height} pixels are more than data.max_pixels={max_pixels}")
+    return image.size
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

@@ -201,8 +201,8 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
         lost = sorted((one for part in parts for one in _left(part.lost, taken)), key=lambda one: one.row)
         if not latent:
             reason = lost[0].reason if lost else takedowns.REASON
-            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({reason}): leave this shard out of the "
-                            "dataset")  # fmt: skip
+            raise DataError(f"{source.where(unit.key)}: no sample can be encoded ({reason}): leave this shard out of "
+                            "the dataset")  # fmt: skip
         began = time.monotonic()
         shard, samples = written(latents, key, latent, unit, bool(config.encoding.bucket_step))
         now = time.monotonic()

@@ -83,7 +83,7 @@ def batches(samples: Iterable[Sample], config: CacheLatents) -> Iterator[Batch]:
     """The samples of a source shard, in its order within each bucket: a function of them and the encoding alone."""
     sizes, waiting = cache.sizes_of(config.encoding), dict[int, list[tuple[int, Sample]]]()
     for row, sample in enumerate(samples):
-        bucket = _bucket(sample, sizes)
+        bucket = _bucket(sample, sizes, config.data.max_pixels)
         waiting.setdefault(bucket, []).append((row, sample))
         if len(waiting[bucket]) == config.encoding.batch:
             yield Batch(bucket, sizes[bucket], waiting.pop(bucket))
@@ -91,12 +91,12 @@ def batches(samples: Iterable[Sample], config: CacheLatents) -> Iterator[Batch]:
         yield Batch(bucket, sizes[bucket], waiting[bucket])
 
 
-def _bucket(sample: Sample, sizes: Sequence[Size]) -> int:
+def _bucket(sample: Sample, sizes: Sequence[Size], max_pixels: int) -> int:
     """By its header; a sample without a readable one goes anywhere: nothing will be made of it."""
     if len(sizes) == 1:
         return 0
     try:
-        return buckets.nearest(*images.measured(images.image_bytes(sample)), sizes)
+        return buckets.nearest(*images.measured(images.image_bytes(sample), max_pixels=max_pixels), sizes)
     except DataError:
         return 0
 
