@@ -243,7 +243,10 @@ def _encoding_changed(latents: Store, one: caches.Known) -> list[str]:
 
 def _diff(args: argparse.Namespace) -> int:
     one, other = (caches.found_by(args.root, reference) for reference in args.references)
-    rows = [[name, old, new] for name, old, new in cache.differing(one.encoding, other.encoding)]
+    rows = [
+        [name, cache.shortly(old), cache.shortly(new)]
+        for name, old, new in cache.differing(one.encoding, other.encoding)
+    ]
     if one.digest != other.digest:
         rows.append(["dataset", *(f"{each.dataset} {each.digest[:8]}" for each in (one, other))])
     if one.manifest is not None and other.manifest is not None:

@@ -28,7 +28,9 @@ def plan(argv: Sequence[str]) -> int:
         usage="calotype plan JOB [--rate R] [--price P] [--json] [OVERRIDES...]", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("job", metavar="JOB")
-    parser.add_argument("--rate", type=_positive, default=0.0, help="images per second of one worker, not timed here")
+    parser.add_argument(
+        "--rate", type=_positive, default=0.0, help="images per second of one worker; timed here without"
+    )
     parser.add_argument("--price", type=_positive, default=0.0, help="of one worker for an hour, in your currency")
     parser.add_argument("--json", action="store_true", help="for programs")
     args, overrides = parser.parse_known_args(argv)
@@ -63,8 +65,11 @@ def _show(found: Any, config: CacheLatents, priced: bool) -> None:
         ["images/s", f"{console.figure(found.rate)} by each of {console.many(found.workers, 'worker')} ({how})"],
         ["time", console.duration(found.hours * 3600)],
         ["cache", f"{console.size(found.bytes)}, {console.size(round(found.bytes_per_sample))} per sample"],
-        ["pays for itself after", f"{console.figure(found.epochs)} epochs, against encoding while training"],
     ]
+    if found.epochs is not None:
+        rows.append(
+            ["pays for itself after", f"{console.figure(found.epochs)} epochs, against encoding while training"]
+        )
     if priced:
         rows.insert(3, ["cost", console.figure(found.cost)])
     console.table(f"plan: cache_latents {config.name}", ["what", "value"], rows)

@@ -26,6 +26,7 @@ def test_bytes_and_images_are_those_that_the_run_makes(tmp_path: Path) -> None:
     assert (found.samples, found.images, found.timed) == (80, 80, True)
     assert found.rate > 0
     assert found.hours == pytest.approx(80 / found.rate / 3600, rel=0.01)
+    assert found.epochs is not None
     assert found.epochs >= 1
     figures = run(config)
     assert found.bytes == pytest.approx(figures["bytes"], rel=0.15)
@@ -37,7 +38,7 @@ def test_a_given_rate_and_price(tmp_path: Path) -> None:
     config = config_of(tmp_path, "", autoencoder=PIXELS)
     task.make(config, Worker())(task.plan(config)[1])
     found = forecast.forecast(config, Worker(), rate=2.0, price=36.0)
-    assert (found.images, found.timed) == (40, False)
+    assert (found.images, found.timed, found.epochs) == (40, False, None)
     assert found.hours * 3600 == pytest.approx(20)
     assert found.cost == pytest.approx(0.2)
 

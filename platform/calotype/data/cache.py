@@ -222,7 +222,16 @@ def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
 
 def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """`field (X in the cache, Y here)` for every field in which two encodings differ."""
-    return [f"{name} ({old} in the cache, {new} here)" for name, old, new in differing(cached, wanted)]
+    found = differing(cached, wanted)
+    return [f"{name} ({shortly(old)} in the cache, {shortly(new)} here)" for name, old, new in found]
+
+
+def shortly(value: Any) -> str:
+    """Digests by their beginning, sizes by the first and the last."""
+    if isinstance(value, list):
+        ends = " to ".join(f"{width}x{height}" for width, height in (value[0], value[-1]))
+        return f"{len(value)} sizes, {ends}"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -234,11 +243,11 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[st
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of an encoding, by the names of the settings that decide them."""
-    # what the user calls encoding.*
-    names = {"resolution", "buckets", "mirrored", "dtype", "posterior", "batch", "precision", "compile"}
+    same = ("resolution", "mirrored", "dtype", "posterior", "batch", "precision", "compile")
+    names = {name: name for name in same} | {"buckets": "bucket_step, encoding.bucket_aspect"}  # as users call them
     made: dict[str, Any] = {}
     for key, value in data.items():
-        name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{key}"
+        name = f"{prefix}{key}" if prefix or key not in names else f"encoding.{names[key]}"
         made.update(flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
     return made
 

@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -45,14 +45,14 @@ class Forecast:
     bytes: int  # of the whole cache
     bytes_per_sample: float
     cost: float  # in the currency of the price
-    epochs: float  # of encoding while training instead, after which the cache has paid for itself
+    epochs: float | None  # of encoding while training instead, after which the cache has paid for itself; if timed
 
 
 def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: float = 0.0) -> Forecast:
     """
     Args:
         config: resolved.
-        rate: images per second of one worker; 0 times a few batches here.
+        rate: images per second of one worker; 0 times a few batches here.  Else one is encoded, for its bytes.
         price: of one worker for an hour.
 
     Raises:
@@ -65,8 +65,9 @@ def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: flo
     done = set(cache.finished(latents, rows, taken))
     samples = sum(row.samples for row in rows)
     images = sum(row.samples for row in rows if row not in done)
-    many = config.encoding.batch * (1 + BATCHES) * worker.threads
-    measured, share, size = _timed(config, worker, list(islice(shards.iterate(store, rows), many)))
+    many = config.encoding.batch * (1 if rate else (1 + BATCHES) * worker.threads)
+    how = replace(config, encoding=replace(config.encoding, compile=False)) if rate else config
+    measured, share, size = _timed(how, worker, list(islice(shards.iterate(store, rows), many)))
     chosen = rate or measured
     hours = images / chosen / config.cluster.workers / 3600
     return Forecast(
@@ -79,7 +80,7 @@ def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: flo
         bytes=round(size * samples),
         bytes_per_sample=round(size, 1),
         cost=hours * config.cluster.workers * price,
-        epochs=round(images / samples / share, 2),
+        epochs=None if rate else round(images / samples / share, 2),
     )
 
 
