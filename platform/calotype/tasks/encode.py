@@ -224,10 +224,16 @@ def machine(device: str) -> str:
     import platform
 
     import diffusers
+    import PIL
     import torch
+    import transformers
 
-    model = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(platform.machine())
-    return f"{model}; torch {torch.__version__}; diffusers {diffusers.__version__}"
+    cuda = device.startswith("cuda")
+    model = torch.cuda.get_device_name(device) if cuda else _processor(platform.machine())
+    libraries = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version() if cuda else None}
+    libraries |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    versions = [f"{name} {version}" for name, version in {**libraries, "pillow": PIL.__version__}.items() if version]
+    return "; ".join([model, *versions])
 
 
 def _processor(architecture: str) -> str:
