@@ -243,7 +243,7 @@ def _encoding_changed(latents: Store, one: caches.Known) -> list[str]:
 
 def _diff(args: argparse.Namespace) -> int:
     one, other = (caches.found_by(args.root, reference) for reference in args.references)
-    rows = [
+    rows: list[list[Any]] = [
         [name, cache.shortly(old), cache.shortly(new)]
         for name, old, new in cache.differing(one.encoding, other.encoding)
     ]
