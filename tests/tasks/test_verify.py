@@ -22,10 +22,11 @@ Change = Callable[[list[Sample]], list[Sample]]
 PIXELS = Autoencoder(kind="identity", f=1, channels=3)
 
 
-def cached(root: Path, weights: str = "", job: bool = True) -> tuple[CacheLatents, str]:
+def cached(root: Path, weights: str = "", job: bool = True, mirrored: bool = False) -> tuple[CacheLatents, str]:
     """A finished cache of 22 samples in 3 shards, and its id."""
     dataset(root)
     config = config_of(root, weights, **({} if weights else {"autoencoder": PIXELS}), accept=Accept(psnr=0))
+    config = replace(config, encoding=replace(config.encoding, mirrored=mirrored))
     identity = run(config)["cache"]
     if job:
         recorded("cache_latents", config)
@@ -83,6 +84,21 @@ def test_bytes_whose_hashes_agree_may_still_be_wrong(tmp_path: Path, typed: Say,
     status, out = typed("cache", "verify", identity, "--root", config.root)
     assert re.search(said, out), out
     assert status == 1, out
+
+
+def test_latents_of_mirrored_images_are_looked_at_too(tmp_path: Path, typed: Say) -> None:
+    config, identity = cached(tmp_path, mirrored=True)
+    assert typed("cache", "verify", identity, "--root", config.root)[0] == 0
+
+    def changed(samples: list[Sample]) -> list[Sample]:
+        last = samples[-1]
+        latent = cache.decode_sample(last, (cache.MIRRORED,))[cache.MIRRORED].copy()
+        mirrored = cache.to_npy(broken(latent))
+        return [*samples[:-1], Sample(last.key, {**last.members, f"{cache.MIRRORED}.npy": mirrored})]
+
+    forged(config, changed)
+    status, out = typed("cache", "verify", identity, "--root", config.root)
+    assert (status, "mirrored of sample s008 not finite" in out) == (1, True), out
 
 
 def test_what_was_decoded_is_said_and_may_be_asked_for(tmp_path: Path, typed: Say) -> None:

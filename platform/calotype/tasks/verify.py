@@ -110,11 +110,12 @@ def _sound(samples: Iterator[Sample], manifest: Manifest, wrong: list[str]) -> I
     encoding = manifest.meta["encoding"]
     draws = 2 if encoding["posterior"] == "gaussian" else 1
     shapes = [(draws, *shape) for shape in manifest.meta.get("buckets", [manifest.meta["shape"]])]
+    names = [cache.MIRRORED] if encoding.get("mirrored") else []
     for sample in samples:
-        arrays = cache.decode_sample(sample, encoding["conditions"])
-        latent = arrays["latent"]
-        if latent.dtype != encoding["dtype"] or latent.shape not in shapes:
-            wrong.append(f"the latent of sample {sample.key} is {latent.dtype} {latent.shape}")
+        arrays = cache.decode_sample(sample, [*names, *encoding["conditions"]])
+        latents = [arrays[name] for name in ("latent", *names)]
+        if other := [one for one in latents if one.dtype != encoding["dtype"] or one.shape not in shapes]:
+            wrong.append(f"the latent of sample {sample.key} is {other[0].dtype} {other[0].shape}")
         elif strange := [name for name, one in arrays.items() if one.dtype.kind == "f" and not np.isfinite(one).all()]:
             wrong.append(f"{' and '.join(strange)} of sample {sample.key} not finite")
         else:
@@ -146,7 +147,8 @@ def images(
         found.said.append("not decoded: no run is left that says where the autoencoder lies")
     else:
         try:
-            made = _decoded(config, one.manifest, latents, each, jobs, found)
+            asked = replace(config, accept=replace(limits, samples=each))
+            made = _decoded(asked, one.manifest, latents, jobs, found)
         except CalotypeError as error:
             found.said.append(f"not decoded: {error}")
     report = accept.report(made, merged, ())
@@ -170,9 +172,7 @@ def settings(one: caches.Known, root: str) -> CacheLatents | None:
     return None
 
 
-def _decoded(
-    config: CacheLatents, manifest: Manifest, latents: Store, count: int, jobs: int, found: Found
-) -> list[Decoded]:
+def _decoded(config: CacheLatents, manifest: Manifest, latents: Store, jobs: int, found: Found) -> list[Decoded]:
     """
     Raises:
         CalotypeError: the autoencoder or the dataset is gone, or another.
@@ -191,7 +191,7 @@ def _decoded(
 
     def decoded(row: Shard) -> Sequence[Decoded]:
         original = originals[row.source_sha256]
-        compared = (source, original), (latents, row), lost.get(original.key, ()), count, config, device
+        compared = (source, original), (latents, row), lost.get(original.key, ()), config.accept.samples, config, device
         return accept.decoded(model, *compared)[0]
 
     made, gone = list[Decoded](), list[str]()
