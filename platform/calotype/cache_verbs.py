@@ -40,7 +40,9 @@ It is refused while a run that trained on it is there.
 
 --takedown FILE takes samples out of the bytes: every latent shard of every encoding that holds some is written anew
 without them, every cache that names it gets a newer manifest, and then the old shards are deleted, whatever their age.
-No job encodes these samples again.  Killed in the middle, the same command finishes it.  Older manifests can still be
+No job encodes these samples again, and nothing undoes that: before it asks it says in which datasets it found the keys,
+for they are looked for in all.  A sample prepared again into another shard is another sample: only its old shard is
+marked.  Killed in the middle, the same command finishes it.  Older manifests can still be
 read (`calotype cache show CACHE --digest D`); a training run that began with one cannot go on, for its order is gone:
 start a new one from its weights with denoiser.init_from=run:NAME.  Images in datasets stay: they are named.  Chunks on
 local disks (stream.cache) go when others take their room."""
@@ -343,7 +345,7 @@ def _take_down(args: argparse.Namespace) -> int:
         _show_takedown(args.root, found)
         total = sum(entry.size for entries in found.stale.values() for entry in entries)
         samples = many(sum(map(len, found.hits.values())), "sample")
-        if not _agreed(args, f"Take down {samples}, and delete {size(total)} of old latents?"):
+        if not _agreed(args, f"Take down {samples} for good, and delete {size(total)} of old latents?"):
             return 1
         print(f"{size(takedown.take_down(args.root, found))} deleted")
     else:
@@ -368,6 +370,10 @@ def _show_takedown(root: str, found: Any) -> None:
         held = size(sum(entry.size for entry in entries))
         rows.append([f"latents/{encoding[:8]}", "", "", "", len(tars), held, ""])
     columns = ["what", "dataset", "encoding", "samples", "shards", "size", "used by"]
+    for name, (samples, held_in) in sorted(found.places().items()):
+        print(f"the list names {many(samples, 'sample')} in {many(held_in, 'shard')} of dataset {name}")
+    if found.orphans:
+        print(f"the list names {many(found.orphans, 'sample')} in latents that no dataset here is the source of")
     console.table(f"to be taken down under {root}", columns, rows)
     if any(one.users for one in found.caches):
         print("runs that use them cannot go on: start new ones from their weights with denoiser.init_from=run:NAME")

@@ -114,3 +114,26 @@ def test_leases_that_are_left_are_garbage_and_young_ones_are_not(tmp_path: Path)
     found = garbage.find(store, {"E": {"0123", "4567"}}, spared=3600)
     assert {encoding: [entry.key for entry in entries] for encoding, entries in found.items()} == {"E": ["0123.lease"]}
     assert lease_key("0123.tar") == "0123.lease"
+
+
+def test_a_shard_is_deleted_whole_before_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted: list[str] = []
+    unpatched = FolderStore.delete
+
+    def told(store: FolderStore, key: str) -> None:
+        deleted.append(key)
+        unpatched(store, key)
+
+    monkeypatch.setattr(FolderStore, "delete", told)
+    monkeypatch.setattr(garbage, "DELETERS", 1)
+    store = FolderStore(tmp_path)
+    stems = ("0123", "0123-ab", "4567")
+    names = [f"{stem}.{kind}" for stem in stems for kind in ("made.json", "sidecar.json", "tar")]
+    for name in ["encoding.json", *names]:
+        store.write(f"latents/E/{name}", b"x")
+    garbage.delete(store, garbage.find(store, {}, spared=-60))
+    assert deleted.pop() == "encoding.json"
+    assert sorted(deleted) == sorted(names)
+    for first in (0, 3, 6):
+        assert len({key.partition(".")[0] for key in deleted[first : first + 3]}) == 1
+        assert deleted[first].endswith(".sidecar.json")

@@ -441,6 +441,19 @@ def test_an_unfinished_cache_is_not_found(config: CacheLatents) -> None:
         task.commit(config, [])
 
 
+@pytest.mark.parametrize("ends", [(".tar",), (".tar", ".sidecar.json")], ids=["tar", "tar and sidecar"])
+def test_a_manifest_names_no_shard_that_was_deleted_meanwhile(config: CacheLatents, ends: tuple[str, ...]) -> None:
+    made = [task.make(config, Worker())(unit) for unit in task.plan(config)]
+    key = made[1].shard.key
+    for end in ends:
+        latents_of(config).delete(key.replace(".tar", end))
+    with pytest.raises(DataError, match=f"the latents of {made[1].source.key} are missing under .*: run the job again"):
+        task.commit(config, made)
+    assert made[1].source in task.plan(config)
+    assert run(config)["samples"] == 22
+    assert cache.load_cache(open_store(config.root), config).shards[1].key == key
+
+
 def test_labels_that_do_not_fit_are_refused(trainer: TrainDenoiser) -> None:
     label = replace(trainer.conditions["label"], classes=5)
     with pytest.raises(DataError, match=r"classes=5 but the cache has labels up to 9: set .*classes=10"):

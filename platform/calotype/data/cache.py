@@ -253,7 +253,7 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def finished(latents: Store, shards: Iterable[Shard], taken: Taken, judged: bool = False) -> list[Shard]:
-    """Those source shards whose latents are committed, or all taken down, by one listing.
+    """Those source shards whose latents are committed and there, or all taken down, by one listing.
 
     Args:
         judged: only those of which their maker has also said how they are.
@@ -262,7 +262,7 @@ def finished(latents: Store, shards: Iterable[Shard], taken: Taken, judged: bool
 
     def done(shard: Shard) -> bool:
         key = latent_key(shard, taken.get(shard.sha256, ()))
-        return gone(shard, taken) or (sidecar_key(key) in there and (not judged or made_key(key) in there))
+        return gone(shard, taken) or {key, sidecar_key(key), *([made_key(key)] if judged else ())} <= there
 
     return [shard for shard in shards if done(shard)]
 

@@ -11,7 +11,8 @@ from calotype.data.lease import LEASE
 from calotype.data.manifest import sidecar_key
 from calotype.data.store import Store
 
-DELETERS = 16  # files deleted at once
+DELETERS = 16  # shards deleted at once
+SIDECAR = sidecar_key("")  # how the keys of sidecars end
 
 
 def find(root: Store, kept: Mapping[str, Collection[str]], spared: float) -> dict[str, list[Entry]]:
@@ -40,11 +41,19 @@ def stem(entry: Entry) -> str:
 
 
 def delete(root: Store, found: Mapping[str, Sequence[Entry]]) -> None:
-    """Sidecars first: without its sidecar a shard is no shard, however this ends.  What E is, last of all."""
+    """Shard by shard, of each its sidecar first: without it a shard is no shard, however this ends.  Its other files at
+    once after that: a job that begins meanwhile would finish again what it still finds.  What E is, last of all.
+    """
     for encoding, entries in found.items():
-        store = root.at("latents", encoding)
-        finishing = {sidecar_key(entry.key) for entry in entries if entry.key.endswith(".tar")}
-        keys = {entry.key for entry in entries}
-        for part in (keys & finishing, keys - finishing - {"encoding.json"}, keys & {"encoding.json"}):
-            with ThreadPoolExecutor(DELETERS, "delete") as pool:
-                list(pool.map(store.delete, part))
+        store, shards = root.at("latents", encoding), dict[str, list[str]]()
+        for entry in entries:
+            shards.setdefault(stem(entry), []).append(entry.key)
+        about = shards.pop("encoding", [])
+
+        def shard(keys: list[str], store: Store = store) -> None:
+            for key in sorted(keys, key=lambda key: not key.endswith(SIDECAR)):
+                store.delete(key)
+
+        with ThreadPoolExecutor(DELETERS, "delete") as pool:
+            list(pool.map(shard, shards.values()))
+        shard(about)

@@ -106,7 +106,7 @@ def publish_sidecar(store: Store, key: str, content: Mapping[str, Any]) -> Shard
 
 
 def existing_shard(store: Store, key: str, sizes: Mapping[str, int] | None = None) -> Shard | None:
-    """The row of a shard that was finished before, from its sidecar; None if it was not.
+    """The row of a shard that was finished before, from its sidecar; None if it was not, or its tar was deleted.
 
     Args:
         sizes: of the store's keys, where they have been listed: many shards are not asked for one by one.
@@ -117,7 +117,9 @@ def existing_shard(store: Store, key: str, sizes: Mapping[str, int] | None = Non
         return None
     if sizes is None:
         sizes = {entry.key: entry.size for entry in store.list(key)}
-    if sizes.get(key) != shard.bytes:
+    if key not in sizes:
+        return None
+    if sizes[key] != shard.bytes:
         raise DataError(f"{store.uri}/{key} has not the {shard.bytes} bytes of its sidecar: delete both, run again")
     return shard
 

@@ -9,6 +9,7 @@ names its latent shard (`cache.latent_key`), so that an old one cannot be taken 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from calotype.data.store import Store
 
 FOLDER = "takedowns"
 REASON = "taken down"
+SHA256 = re.compile(r"[0-9a-f]{64}")  # other files are somebody else's: of a file browser, of a mount
 
 Taken = Mapping[str, Collection[str]]  # SHA-256 of a source shard -> marks of its samples
 
@@ -32,13 +34,14 @@ def everything(root: Store) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for entry in root.at(FOLDER).list():
         shard, _, name = entry.key.partition("/")
-        found.setdefault(shard, set()).add(name)
+        if SHA256.fullmatch(shard) and SHA256.fullmatch(name):
+            found.setdefault(shard, set()).add(name)
     return {shard: frozenset(names) for shard, names in found.items()}
 
 
 def of_shard(root: Store, source_sha256: str) -> frozenset[str]:
     """Of one source shard, as of now."""
-    return frozenset(entry.key for entry in root.at(FOLDER, source_sha256).list())
+    return frozenset(entry.key for entry in root.at(FOLDER, source_sha256).list() if SHA256.fullmatch(entry.key))
 
 
 def add(root: Store, source_sha256: str, marks: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from calotype import checks, runs
 from calotype.config import Autoencoder, CacheLatents, Condition, TrainDenoiser
 from calotype.data import cache, get, lease, shards, statistics, takedowns
 from calotype.data.elsewhere import dataset_store
-from calotype.data.manifest import CACHE, Manifest, Shard, cache_manifest, load_dataset, publish_cache
+from calotype.data.manifest import CACHE, Manifest, Shard, cache_manifest, load_dataset, publish_cache, sidecar_key
 from calotype.data.store import Store, open_store
 from calotype.environment import Held, Worker
 from calotype.errors import ConfigError, DataError
@@ -301,10 +301,11 @@ def _manifest(
     if not kept:
         raise DataError(f"every sample of dataset {dataset.name} was taken down: there is nothing to cache")
     keys = {source.sha256: cache.latent_key(source, taken.get(source.sha256, ())) for source in kept}
+    # What a worker said was there may be deleted since (`calotype cache gc`): a manifest names only what is found now.
+    sizes, store = {entry.key: entry.size for entry in latents.list()}, _dataset_store(config)
     made = {one.source.sha256: one for one in results if one.shard.key == keys.get(one.source.sha256)}
+    made = {sha256: one for sha256, one in made.items() if {one.shard.key, sidecar_key(one.shard.key)} <= sizes.keys()}
     missing = [shard for shard in kept if shard.sha256 not in made]
-    store = _dataset_store(config)
-    sizes = {entry.key: entry.size for entry in latents.list()} if missing else {}
 
     def recognise(source: Shard) -> Made:
         shard = shards.existing_shard(latents, keys[source.sha256], sizes)

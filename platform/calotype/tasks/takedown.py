@@ -16,11 +16,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from calotype import caches, runs
-from calotype.console import Progress
+from calotype.console import Progress, many, size
 from calotype.data import cache, garbage, shards, statistics, takedowns
 from calotype.data.elsewhere import dataset_store
 from calotype.data.files import Entry
@@ -32,11 +32,10 @@ from calotype.data.manifest import (
     load_dataset,
     publish_cache,
     sidecar_key,
-    versions_of,
 )
-from calotype.data.store import Store, open_store
+from calotype.data.store import Missing, Store, open_store
 from calotype.errors import CalotypeError, DataError
-from calotype.tasks import accept
+from calotype.tasks import accept, holders
 from calotype.tasks.cache import READERS
 from calotype.tasks.encode import Latent
 from calotype.tasks.made import NOT_RECORDED, Made, remember, remembered, written
@@ -44,17 +43,9 @@ from calotype.tasks.made import NOT_RECORDED, Made, remember, remembered, writte
 T = TypeVar("T")
 R = TypeVar("R")
 
+Damaged = Mapping[tuple[str, str], str]
+
 REWRITERS = 2  # latent shards rewritten at once: each is held in memory
-
-
-@dataclass
-class Source:
-    """A source shard: where it lies, and the datasets that name it.  `shard` None: none does, any more."""
-
-    sha256: str
-    store: Store | None = None
-    shard: Shard | None = None
-    datasets: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class Survey:
 
     keys: Collection[str]
     hits: Mapping[str, Collection[str]]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, holders.Source]
     taken: takedowns.Taken
     unmarked: int
     stale: Mapping[str, Sequence[Entry]]
@@ -80,8 +71,13 @@ class Survey:
     def unknown(self) -> int:
         return len(set(self.keys).difference(*self.hits.values()))
 
+    @property
+    def orphans(self) -> int:
+        """Samples whose source shard no dataset names."""
+        return sum(len(self.hits[name]) for name, source in self.sources.items() if not source.datasets)
+
     def rows(self, manifest: Manifest) -> list[Shard]:
-        return stale_rows(manifest, self.taken)
+        return holders.stale_rows(manifest, self.taken)
 
     def lost(self, rows: Iterable[Shard]) -> int:
         """Samples that these latent shards lose by this list."""
@@ -108,13 +104,13 @@ def survey(uri: str, keys: Collection[str]) -> Survey:
         DataError: a manifest, or the only copy of some keys, is damaged.
     """
     root = open_store(uri)
-    sources, files = _sources(uri), _files(root)
+    sources, files = holders.sources(uri), holders.files_of(root)
     for source in {cache.source_of(stem) for latents in files.values() for stem in latents}:
         if re.fullmatch(r"[0-9a-f]{64}", source):
-            sources.setdefault(source, Source(source))
+            sources.setdefault(source, holders.Source(source))
 
-    def found(source: Source) -> list[str]:
-        return [key for _, key in _keys(root, source) if key in keys]
+    def found(source: holders.Source) -> list[str]:
+        return [key for _, key in holders.keys_of(root, source) if key in keys]
 
     every = list(sources.values())
     hits = {source.sha256: some for source, some in zip(every, _each(found, every, "search")) if some}
@@ -128,92 +124,12 @@ def survey(uri: str, keys: Collection[str]) -> Survey:
         if one.manifest is None and not one.encoding:
             raise CalotypeError(f"cache {one.id} is {one.state}: give it up first, with `calotype cache gc {one.id}`")
     _refuse_busy(uri, known, taken)
-    named = [one for one in known if one.manifest is not None and stale_rows(one.manifest, taken)]
+    named = [one for one in known if one.manifest is not None and holders.stale_rows(one.manifest, taken)]
     mine = {name: sources[name] for name in hits}
-    return Survey(keys, hits, mine, taken, unmarked, _stale(files, taken), named)
+    return Survey(keys, hits, mine, taken, unmarked, holders.stale_files(files, taken), named)
 
 
-def _sources(uri: str) -> dict[str, Source]:
-    """Every source shard of every version of every dataset, by its SHA-256."""
-    found: dict[str, Source] = {}
-    for name in open_store(uri).folders("datasets"):
-        store = dataset_store(uri, name)
-        for key in reversed(versions_of(store)):
-            for shard in Manifest.from_bytes(store.read(key)).shards:
-                source = found.setdefault(shard.sha256, Source(shard.sha256, store, shard))
-                source.datasets.add(name)
-    return found
-
-
-def _files(root: Store) -> dict[str, dict[str, list[Entry]]]:
-    """E -> latent shard, by its key without endings -> its files."""
-    found: dict[str, dict[str, list[Entry]]] = {}
-    for encoding in root.folders("latents"):
-        mine = found.setdefault(encoding, {})
-        for entry in root.at("latents", encoding).list():
-            if entry.key != "encoding.json":
-                mine.setdefault(garbage.stem(entry), []).append(entry)
-    return found
-
-
-def _keys(root: Store, source: Source) -> list[tuple[int, str]]:
-    """(row, key) of a source shard's samples; from latents of it where it cannot be read itself.
-
-    Raises:
-        DataError: neither can be.
-    """
-    why: DataError | None = None
-    if source.store is not None and source.shard is not None:
-        try:
-            return list(enumerate(takedowns.keys_in(source.store, source.shard)))
-        except DataError as error:
-            why = error
-    best: tuple[Store, Shard] | None = None  # the one from which the least was taken so far
-    for encoding in root.folders("latents"):
-        latents = root.at("latents", encoding)
-        for key in [entry.key for entry in latents.list(source.sha256) if entry.key.endswith(".tar")]:
-            row = shards.existing_shard(latents, key)
-            if row is not None and (best is None or row.samples > best[1].samples):
-                best = latents, row
-    if best is not None:
-        return _keys_of_latents(*best)
-    if why is not None:
-        raise why
-    return []
-
-
-def _keys_of_latents(latents: Store, shard: Shard) -> list[tuple[int, str]]:
-    """The same from a latent shard; rows are -1 where nobody knows which these are."""
-    made = remembered(latents, shard, shard)
-    lost = {one.row: one.key for one in made.lost} if made else {}
-    stored = [sample.key for sample in shards.iterate(latents, [shard])]
-    known = shard.buckets or (made and shard.key == cache.latent_key_of(shard.source_sha256))
-    rows = cache.source_rows(latents, shard, lost) if known else [-1] * len(stored)
-    return [*zip(rows, stored, strict=True), *lost.items()]
-
-
-def _stale(files: Mapping[str, Mapping[str, list[Entry]]], taken: takedowns.Taken) -> dict[str, list[Entry]]:
-    """E -> files of latent shards from which something was taken down."""
-    found: dict[str, list[Entry]] = {}
-    for encoding, latents in files.items():
-        for stem, entries in latents.items():
-            source = cache.source_of(stem)
-            if source in taken and stem != _stem(source, taken):
-                found.setdefault(encoding, []).extend(entries)
-    return found
-
-
-def _stem(source_sha256: str, taken: takedowns.Taken) -> str:
-    return cache.latent_key_of(source_sha256, taken[source_sha256]).removesuffix(".tar")
-
-
-def stale_rows(manifest: Manifest, taken: takedowns.Taken) -> list[Shard]:
-    """Shards of a cache from which something was taken down."""
-    mine = (row for row in manifest.shards if row.source_sha256 in taken)
-    return [row for row in mine if row.key != f"{_stem(row.source_sha256, taken)}.tar"]
-
-
-def _refuse_busy(uri: str, known: Iterable[caches.Known], taken: takedowns.Taken) -> None:
+def _refuse_busy(uri: str, known: Iterable[caches.Known], taken: takedowns.Taken, then: str = "first") -> None:
     """A job that has begun on a shard would still store what is taken down meanwhile."""
     for one in known:
         if one.manifest is not None or one.error:
@@ -223,7 +139,7 @@ def _refuse_busy(uri: str, known: Iterable[caches.Known], taken: takedowns.Taken
             attempt = runs.last_attempt(maker.store)
             if attempt and (who := runs.alive(maker, attempt)):
                 raise CalotypeError(f"cache_latents {maker.name} encodes dataset {one.dataset} on {who} just now: "
-                                    "let it end, or `calotype cancel` it, first")  # fmt: skip
+                                    f"let it end, or `calotype cancel` it, {then}")  # fmt: skip
 
 
 def _each(work: Callable[[T], R], items: Sequence[T], step: str, jobs: int = READERS) -> list[R]:
@@ -240,12 +156,26 @@ def _each(work: Callable[[T], R], items: Sequence[T], step: str, jobs: int = REA
 
 
 def take_down(uri: str, found: Survey) -> int:
-    """All of it; bytes that were deleted."""
+    """All of it; bytes that were deleted.
+
+    Raises:
+        CalotypeError: a job that encodes some of them began after the survey.
+        DataError: latent shards that hold some are damaged; all others were rewritten, and the old ones deleted.
+    """
+    root = open_store(uri)
     mark(uri, found)
-    rewrite(uri)
-    while succeed(uri):  # until no cache names what goes, also none that was committed meanwhile
-        pass
-    return delete(uri)
+    begun = "and give the same command again: the samples are marked, but nothing is deleted yet"
+    _refuse_busy(uri, caches.known(uri), takedowns.everything(root), begun)
+    while True:  # until nothing was marked or committed meanwhile
+        taken = takedowns.everything(root)
+        damaged, changed = rewrite(uri), succeed(uri)
+        left = holders.stale_named(root, taken)
+        if not changed and takedowns.everything(root) == taken:
+            break
+    deleted = delete(uri)
+    if left:
+        raise _unfinished(root, left, damaged, deleted)
+    return deleted
 
 
 def mark(uri: str, found: Survey) -> None:
@@ -254,90 +184,125 @@ def mark(uri: str, found: Survey) -> None:
         takedowns.add(root, source, [takedowns.mark(key) for key in keys])
 
 
-def rewrite(uri: str) -> None:
-    """
-    Raises:
-        DataError: a latent shard is damaged, by name.
-    """
-    root = open_store(uri)
+def rewrite(uri: str) -> Damaged:
+    """(E, SHA-256 of a source shard) -> why its latent shard could not be read; all others are rewritten."""
+    root, damaged = open_store(uri), dict[tuple[str, str], str]()
     taken, work = takedowns.everything(root), []
-    for encoding, latents in _files(root).items():
+    held = set()  # source shards of which something is left
+    for encoding, latents in holders.files_of(root).items():
         there = {entry.key for entries in latents.values() for entry in entries}
         for source in {cache.source_of(stem) for stem in latents}.intersection(taken):
-            new = _stem(source, taken)
+            new = holders.stem_now(source, taken)
             old = [stem for stem in latents if stem != new and cache.source_of(stem) == source]
             old = [stem for stem in old if sidecar_key(f"{stem}.tar") in there]
             if old and not {sidecar_key(f"{new}.tar"), cache.made_key(f"{new}.tar")} <= there:
-                work.append((root.at("latents", encoding), old[0], taken[source]))
-    _each(_rewritten, work, "rewrite", REWRITERS)
+                work.append((root.at("latents", encoding), old, taken[source]))
+            elif new in latents:
+                held.add(source)
+    empty: dict[str, set[str]] = {}
+    for (latents_of, stems, _), done in zip(work, _each(_rewritten, work, "rewrite", REWRITERS), strict=True):
+        source = cache.source_of(stems[0])
+        if isinstance(done, DataError):
+            damaged[latents_of.uri.rpartition("/")[2], source] = str(done)
+        if isinstance(done, set):
+            empty.setdefault(source, set()).update(map(takedowns.mark, done))
+        else:
+            held.add(source)
+    for source in empty.keys() - held:  # else a job would look for latents where there can be none
+        takedowns.add(root, source, empty[source])
+    return damaged
 
 
-def _rewritten(work: tuple[Store, str, Collection[str]]) -> None:
-    """A latent shard without some of its samples: as the job would make it now; none where nothing is left."""
-    latents, stem, marks = work
+def _rewritten(work: tuple[Store, Sequence[str], Collection[str]]) -> Shard | set[str] | DataError:
+    """A latent shard without some of its samples: as the job would make it now.
+
+    Returns:
+        where nothing is left, keys of those that could not be encoded; why none of the old ones can be read.
+    """
+    latents, stems, marks = work
+    why = DataError("")
+    for stem in stems:
+        try:
+            return _without(latents, stem, marks)
+        except (DataError, Missing) as error:
+            why = DataError(str(error))
+    return why
+
+
+def _without(latents: Store, stem: str, marks: Collection[str]) -> Shard | set[str]:
     old = shards.existing_shard(latents, f"{stem}.tar")
-    assert old is not None
+    if old is None:
+        raise DataError(f"{latents.uri}/{stem}.tar was deleted just now: run the same command again")
     unit = replace(old, sha256=old.source_sha256)  # what a latent shard says of its source shard
     bucket = [number for number, count in old.buckets or ((0, old.samples),) for _ in range(count)]
     rows = cache.source_rows(latents, old, ())  # which count with buckets alone
     every = map(Latent, bucket, rows, shards.iterate(latents, [old]))
     kept = [one for one in every if takedowns.mark(one.sample.key) not in marks]
-    if not kept:
-        return
-    new, samples = written(latents, cache.latent_key(unit, marks), kept, unit, bool(old.buckets))
     made = remembered(latents, unit, old)
-    lost = [one for one in made.lost if takedowns.mark(one.key) not in marks] if made else []
-    decoded = [one for one in made.decoded if takedowns.mark(one.key) not in marks] if made else []
-    device = made.device if made else NOT_RECORDED
-    remember(latents, Made(unit, new, statistics.of_samples(samples), device, lost, decoded))
+    if not kept:
+        return {one.key for one in made.lost} if made else set()
+    new, samples = written(latents, cache.latent_key(unit, marks), kept, unit, bool(old.buckets))
+    if made is not None:  # else a job finds out from the source shard what it lacks
+        lost = [one for one in made.lost if takedowns.mark(one.key) not in marks]
+        decoded = [one for one in made.decoded if takedowns.mark(one.key) not in marks]
+        remember(latents, Made(unit, new, statistics.of_samples(samples), made.device, lost, decoded))
+    return new
 
 
 def succeed(uri: str) -> int:
-    """Caches that got a newer manifest."""
-    taken = takedowns.everything(open_store(uri))
-    stale = [one for one in caches.known(uri) if one.manifest is not None and stale_rows(one.manifest, taken)]
+    """Caches that got a newer manifest: without what was taken down, but for shards that are damaged."""
+    taken, made = takedowns.everything(open_store(uri)), 0
+    stale = [one for one in caches.known(uri) if one.manifest is not None and holders.stale_rows(one.manifest, taken)]
     for one in stale:
         place = open_store(uri).at("caches", one.id)
         newest = cache_versions(place)[-1]
         manifest = Manifest.from_bytes(place.read(newest))
-        publish_cache(place, _successor(uri, manifest, taken), newest)
-    return len(stale)
+        latents = open_store(uri).at("latents", cache.encoding_id(manifest.meta["encoding"]))
+        instead = {row.key: _row(latents, row, taken) for row in holders.stale_rows(manifest, taken)}
+        instead = {key: new for key, new in instead.items() if new is None or new.key != key}
+        if instead:
+            publish_cache(place, _successor(uri, manifest, taken, instead), newest)
+            made += 1
+    return made
 
 
-def _successor(uri: str, manifest: Manifest, taken: takedowns.Taken) -> Manifest:
-    """The manifest of the same cache without what was taken down."""
-    root = open_store(uri)
-    latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
-    stale = stale_rows(manifest, taken)
-    rows = [new for row in manifest.shards if (new := _row(latents, row, taken) if row in stale else row) is not None]
+def _successor(uri: str, manifest: Manifest, taken: takedowns.Taken, instead: Mapping[str, Shard | None]) -> Manifest:
+    """The manifest of the same cache, with other shards instead of some, or none."""
+    latents = open_store(uri).at("latents", cache.encoding_id(manifest.meta["encoding"]))
+    stale = [row for row in manifest.shards if row.key in instead]
+    rows = [new for row in manifest.shards if (new := instead.get(row.key, row)) is not None]
 
     def made_of(row: Shard) -> Made:
         found = remembered(latents, row, row)
         figures = found.statistics if found else statistics.of_samples(shards.iterate(latents, [row]))
         return found or Made(row, row, figures, NOT_RECORDED)
 
-    with ThreadPoolExecutor(READERS, "statistics") as pool:
-        made = list(pool.map(made_of, rows))
     meta = {**manifest.meta, "supersedes": manifest.digest}
     before = {(one["shard"], one["key"]): one for one in meta.get("quarantined", ())}
     meta["quarantined"] = list((before | _taken_from(uri, manifest, stale, taken)).values())
-    with suppress(DataError):  # what is left is all alike: what it was scaled by stays
+    with suppress(DataError, Missing):  # what is left is all alike, or damaged: what it was scaled by stays
+        with ThreadPoolExecutor(READERS, "statistics") as pool:
+            made = list(pool.map(made_of, rows))
         merged = statistics.merge([one.statistics for one in made]) if made else {}
-        lost = [one for one in before.values() if one["reason"] != takedowns.REASON]
+        lost = [one for one in meta["quarantined"] if one["reason"] != takedowns.REASON]
         decoded = [found for one in made for found in one.decoded]
         meta |= merged | ({"acceptance": accept.report(decoded, merged, lost)} if merged else {})
     return replace(manifest, format=CACHE, shards=tuple(rows), meta=meta)
 
 
 def _row(latents: Store, row: Shard, taken: takedowns.Taken) -> Shard | None:
-    """The shard in the place of one from which something was taken; None where nothing is left of it."""
+    """The shard in the place of one from which something was taken; None where nothing is left of it.
+
+    It stays where it is damaged, or was not rewritten by now.
+    """
     marks = taken[row.source_sha256]
-    new = shards.existing_shard(latents, cache.latent_key(replace(row, sha256=row.source_sha256), marks))
-    if new is not None:
-        return replace(new, split=row.split)
-    if all(takedowns.mark(one.key) in marks for one in shards.iterate(latents, [row])):
-        return None
-    raise DataError(f"{latents.uri}/{row.key} should have been written anew by now: run the same command again")
+    with suppress(DataError, Missing):
+        new = shards.existing_shard(latents, cache.latent_key(replace(row, sha256=row.source_sha256), marks))
+        if new is not None:
+            return replace(new, split=row.split)
+        if all(takedowns.mark(one.key) in marks for one in shards.iterate(latents, [row])):
+            return None
+    return row
 
 
 def _taken_from(
@@ -352,8 +317,8 @@ def _taken_from(
     found = {}
     for name in dict.fromkeys(row.source_sha256 for row in stale):
         mine = [row for row in rows if row.sha256 == name]
-        source = Source(name, store, mine[0]) if mine else Source(name)
-        for row, key in _keys(root, source):
+        source = holders.Source(name, store, mine[0]) if mine else holders.Source(name)
+        for row, key in holders.keys_of(root, source):
             for shard in [one.key for one in mine] or [name]:
                 if takedowns.mark(key) in taken[name]:
                     found[shard, key] = takedowns.entry(shard, row, key)
@@ -361,9 +326,43 @@ def _taken_from(
 
 
 def delete(uri: str) -> int:
-    """Files of latent shards from which something was taken down; bytes."""
+    """Files of latent shards from which something was taken down; bytes.
+
+    What another takedown writes meanwhile may look stale, or be all there is: files are listed before marks are read,
+    and these before manifests, and none goes that a manifest names, or whose samples are nowhere else.
+    """
     root = open_store(uri)
-    files, taken = _files(root), takedowns.everything(root)
-    stale = _stale(files, taken)
+    files, taken = holders.files_of(root), takedowns.everything(root)
+    stale, named = holders.stale_files(files, taken), holders.named(root)
+    for encoding, entries in stale.items():
+        latents, mine = root.at("latents", encoding), named.get(encoding, {})
+        there = {entry.key for some in files[encoding].values() for entry in some}
+        stems = {garbage.stem(entry) for entry in entries} - mine.keys()
+        going = {stem for stem in stems if not _only_copy(latents, stem, taken, there)}
+        stale[encoding] = [entry for entry in entries if garbage.stem(entry) in going]
     garbage.delete(root, stale)
     return sum(entry.size for entries in stale.values() for entry in entries)
+
+
+def _only_copy(latents: Store, stem: str, taken: takedowns.Taken, there: Collection[str]) -> bool:
+    """Whether samples of a stale latent shard would be lost with it: it is not rewritten yet."""
+    source = cache.source_of(stem)
+    new = holders.stem_now(source, taken)
+    if sidecar_key(f"{new}.tar") in there or sidecar_key(f"{stem}.tar") not in there:
+        return False
+    with suppress(DataError, Missing):  # of a damaged one nothing can be kept
+        row = shards.existing_shard(latents, f"{stem}.tar")
+        every = shards.iterate(latents, [row] if row else [])
+        return any(takedowns.mark(one.key) not in taken[source] for one in every)
+    return False
+
+
+def _unfinished(root: Store, left: Iterable[holders.Named], damaged: Damaged, deleted: int) -> DataError:
+    """That caches still name latent shards which hold what was taken down."""
+    said = []
+    for encoding, stem, ids in left:
+        why = damaged.get((encoding, cache.source_of(stem)), "it is not there, or damaged")
+        said.append(f"{root.uri}/latents/{encoding}/{stem}.tar of cache {', '.join(one[:8] for one in ids)} ({why})")
+    return DataError(f"{size(deleted)} deleted, but {many(len(said), 'latent shard')} could not be rewritten: "
+                     f"{'; '.join(said)}: see `calotype cache verify CACHE`, give such a cache up (`calotype cache gc "
+                     "CACHE`), give the same command again, and encode anew")  # fmt: skip
