@@ -5,7 +5,6 @@ python jobs/cache_latents.py data=digits autoencoder.path=run:mine
 
 from __future__ import annotations
 
-import logging
 import time
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from calotype.tasks.tally import Tally
 from calotype.track import Dataset, Tracker
 
 resolve = cache.resolve
-log = logging.getLogger(__name__)
 
 
 def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any]:
@@ -33,10 +31,7 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
         for _, result in spread.map(make, config, units, tally.in_hand):
             made.append(result)
             tally.add(result)
-            if tally.lost > config.data.error_budget:
-                cache.within_budget(made, config)  # refuses, now and not after days
-            for one in result.lost:
-                log.warning("left out: %s/%s: %s", result.source.key, one.key, one.reason)
+            cache.leave_out(result, tally.lost, config)
             progress.update(shards + len(made), leased=tally.leased, **{"images/s": tally.rate})
             if tally.due(len(units)):
                 tracker.log(tally.figures(len(units)), tally.seen)

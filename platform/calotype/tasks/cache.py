@@ -7,6 +7,7 @@ What a shard's bytes are depends on the shard and the encoding alone; a shard th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 SHOWN = 8  # images whose reconstructions are drawn
+log = logging.getLogger(__name__)
+
 READERS = 64  # sidecars read at once when a cache is committed
 
 
@@ -187,14 +190,7 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
         if (there := shards.existing_shard(latents, key)) is not None:
             return recognised(source, latents, unit, there, taken)
         start = time.monotonic()
-        with encode.exactly(worker.threads) as pool:
-            batches = encode.batches(shards.iterate(source, [unit]), config)
-            work = partial(encode.batch, model, config=config, device=worker.device)
-            parts: list[encode.Encoded] = []
-            for part in _in_order(pool, work, batches, ahead=2 * worker.threads):
-                parts.append(part)
-                if part.lost:  # refuses now, and not when all of a broken shard was tried
-                    accept.within_budget([(unit, one) for each in parts for one in _left(each.lost, taken)], config)
+        parts = _encoded(model, source, unit, taken, config, worker)
         # Only now: a latent's bits depend on its place in the batch, and the others' must stay what they were.
         kept = (one for part in parts for one in part.samples if takedowns.mark(one.sample.key) not in taken)
         latent = sorted(kept, key=lambda one: (one.bucket, one.row))
@@ -212,6 +208,21 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
         return Made(unit, shard, figures, made_on, lost, (), len(samples), spent)
 
     return made
+
+
+def _encoded(
+    model: Any, source: Store, unit: Shard, taken: Collection[str], config: CacheLatents, worker: Worker
+) -> list[encode.Encoded]:
+    """Every batch of a source shard; refused as soon as too many of its samples have no latent."""
+    parts: list[encode.Encoded] = []
+    with encode.exactly(worker.threads) as pool:
+        batches = encode.batches(shards.iterate(source, [unit]), config)
+        work = partial(encode.batch, model, config=config, device=worker.device)
+        for part in _in_order(pool, work, batches, ahead=2 * worker.threads):
+            parts.append(part)
+            if part.lost:
+                accept.within_budget([(unit, one) for each in parts for one in _left(each.lost, taken)], config)
+    return parts
 
 
 def _left(lost: Iterable[Lost], taken: Collection[str]) -> Iterator[Lost]:
@@ -239,6 +250,20 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[
 
 
 # -------------------------------------------------------------------------------------------------- at the end
+
+
+def leave_out(made: Made, lost: Sequence[tuple[Shard, Lost]], config: CacheLatents) -> None:
+    """Name the samples of a shard that have no latent.
+
+    Args:
+        lost: these, and those of the shards before.
+
+    Raises:
+        DataError: more than `data.error_budget`: said now, and not after days.
+    """
+    for one in made.lost:
+        log.warning("left out: %s/%s: %s", made.source.key, one.key, one.reason)
+    accept.within_budget(lost, config)
 
 
 def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
@@ -277,17 +302,6 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
     return figures | tally.speeds()
 
 
-def within_budget(results: Iterable[Made], config: CacheLatents) -> list[tuple[Shard, Lost]]:
-    """Source samples that have no latent, each with its shard.
-
-    Raises:
-        DataError: more than `data.error_budget`.
-    """
-    lost = [(made.source, one) for made in results for one in made.lost]
-    accept.within_budget(lost, config)
-    return lost
-
-
 def manifest_encoding(manifest: Manifest) -> str:
     """E of a cache's manifest."""
     return cache.encoding_id(manifest.meta["encoding"])
@@ -323,7 +337,8 @@ def _manifest(
             raise DataError(f"{latents.uri}/{found.shard.key} has {found.shard.samples} samples, its source "
                             f"{source.key} {source.samples}, of which {left} were left out")  # fmt: skip
         rows.append(replace(found.shard, split=source.split))  # another version may have dealt the splits otherwise
-    lost = within_budget(in_order, config)
+    lost = [(found.source, one) for found in in_order for one in found.lost]
+    accept.within_budget(lost, config)
     merged = statistics.merge(found.statistics for found in in_order)
     report = accept.report([one for found in in_order for one in found.decoded], merged, lost)
     accept.check(report, encoding["autoencoder"]["channels"], config.accept, f"dataset {dataset.name}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from calotype.data.manifest import Shard
+from calotype.tasks.encode import Lost
 from calotype.tasks.made import Made
 
 EVERY = 5.0  # seconds between two points of a figure
@@ -18,6 +20,7 @@ class Tally:
         images: whose source shards were done before: a run goes on counting where its last attempt ended.
 
     Attributes:
+        lost: source samples that have no latent.
         seen: images of all source shards that are done, by this attempt or before.
         leased: how many are in workers' hands.
         rate: images per second of all workers together, while they have a shard in hand.
@@ -25,7 +28,8 @@ class Tally:
     """
 
     def __init__(self, results: Iterable[Made] = (), images: int = 0) -> None:
-        self.shards = self.encoded = self.images = self.bytes = self.lost = self.retries = self.leased = 0
+        self.shards = self.encoded = self.images = self.bytes = self.retries = self.leased = 0
+        self.lost: list[tuple[Shard, Lost]] = []
         self._whole = self._threads = self._decode = self._encode = self._write = 0.0
         self.seen = images
         self._told, self.rate, self.began = 0.0, 0.0, float("inf")
@@ -36,7 +40,7 @@ class Tally:
     def add(self, made: Made) -> None:
         self.shards += 1
         self.seen += made.source.samples
-        self.lost += len(made.lost)
+        self.lost += [(made.source, one) for one in made.lost]
         self.retries += made.retries
         if (spent := made.spent) is None:
             return
@@ -83,7 +87,7 @@ class Tally:
     def figures(self, units: int) -> dict[str, float]:
         """For the run, while it goes on.  `units`: shards that it began with."""
         counts = {"shards_done": self.shards, "shards_leased": self.leased, "shards_left": units - self.shards}
-        counts |= {"bytes_written": self.bytes, "quarantined": self.lost, "read_retries": self.retries}
+        counts |= {"bytes_written": self.bytes, "quarantined": len(self.lost), "read_retries": self.retries}
         return {**self.speeds(), **counts}
 
 
