@@ -38,7 +38,7 @@ sys.path += [str(ROOT), str(ROOT / "platform")]
 from calotype.cluster import units as queue  # noqa: E402
 from calotype.cluster.units import Waiting  # noqa: E402
 from calotype.config import Autoencoder, CacheLatents, Data, Encoding  # noqa: E402
-from calotype.data import cache, lease, manifest, s3, shards  # noqa: E402
+from calotype.data import cache, lease, manifest, s3, shards, takedowns  # noqa: E402
 from calotype.data.manifest import Shard  # noqa: E402
 from calotype.data.store import open_store  # noqa: E402
 from calotype.environment import Held, Worker  # noqa: E402
@@ -107,6 +107,7 @@ class Simulation:
 
     def make(self, worker: str, unit: Shard, dead: bytes | None = None) -> Generator[float, None, Made | Held]:
         """What `task.make_leased` does with a unit, but for the encoding."""
+        takedowns.of_shard(open_store(self.config.root), unit.sha256)
         key, name = cache.latent_key(unit), lease.lease_key(cache.latent_key(unit))
         theirs = lease._take(self.latents, name, worker, worker.rpartition("/")[0], dead)
         yield self.bucket.took()

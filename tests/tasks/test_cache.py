@@ -357,7 +357,7 @@ def test_a_sample_without_its_condition_is_named(config: CacheLatents) -> None:
     source = open_store(config.root).at("datasets", "toy")
     bare = Sample("bare", {name: data for name, data in sample(1, "x").members.items() if name != "txt"})
     row = shards.write_shard(source, "shards/bare-00000.tar", [bare], 4)
-    with pytest.raises(DataError, match=r"sample bare has no text, which conditions\.text is made from"):
+    with pytest.raises(DataError, match=r"tar/bare: has no text, which conditions\.text is made from"):
         task.make(config, Worker())(row)
 
 

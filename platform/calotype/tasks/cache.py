@@ -144,17 +144,19 @@ def make_leased(config: CacheLatents, worker: Worker, seen: Shard | None = None)
     latents = root.at("latents", cache.encoding_id(cache.encoding_of(config)))
 
     def made(unit: Shard, dead: bytes | None = None) -> Made | Held:
-        key, before = cache.latent_key(unit, takedowns.of_shard(root, unit.sha256)), get.counts.retries
+        taken, before = takedowns.of_shard(root, unit.sha256), get.counts.retries
+        key = cache.latent_key(unit, taken)
         with lease.taken(latents, key, worker, dead) as theirs:
             if theirs is not None and shards.existing_shard(latents, key) is None:
                 return Held(theirs, lease.STALE)
-            return replace(work(unit), retries=get.counts.retries - before)
+            return replace(work(unit, taken), retries=get.counts.retries - before)
 
     return made
 
 
-def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Callable[[Shard], Made]:
-    """A function that encodes one source shard and commits its latents, or recognises that they are there.
+def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Callable[..., Made]:
+    """A function that encodes one source shard and commits its latents, or recognises that they are there; of samples
+    that were taken down, which it may be told, it makes none.
 
     Args:
         seen: the source shard that is `shown`.  Said by the driver: 1,000 workers need not read 30 MB of manifest each.
@@ -170,13 +172,14 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
         if condition.source == "text":
             conditioner.inputs(condition, [""], worker.device)  # loads it once, before threads ask for it
 
-    def made(unit: Shard) -> Made:
-        found = encode_shard(unit)
+    def made(unit: Shard, taken: Collection[str] | None = None) -> Made:
+        taken = takedowns.of_shard(root, unit.sha256) if taken is None else taken
+        found = encode_shard(unit, taken)
         if found.decoded and unit != seen:
             return found
         with encode.exactly(1) as pool:
             count = max(SHOWN, config.accept.samples) if unit == seen else config.accept.samples
-            lost = {one.row for one in found.lost} | takedowns.rows(source, unit, takedowns.of_shard(root, unit.sha256))
+            lost = {one.row for one in found.lost} | takedowns.rows(source, unit, taken)
             compared = (source, unit), (latents, found.shard), lost, count, config, worker.device
             decoded, pictures = pool.submit(accept.decoded, model, *compared).result()
         new, found = not found.decoded, replace(found, decoded=decoded)
@@ -184,8 +187,7 @@ def make(config: CacheLatents, worker: Worker, seen: Shard | None = None) -> Cal
             remember(latents, found)
         return replace(found, grid=metrics.grid(pictures, columns=8)) if unit == seen else found
 
-    def encode_shard(unit: Shard) -> Made:
-        taken = takedowns.of_shard(root, unit.sha256)
+    def encode_shard(unit: Shard, taken: Collection[str]) -> Made:
         key = cache.latent_key(unit, taken)
         if (there := shards.existing_shard(latents, key)) is not None:
             return recognised(source, latents, unit, there, taken)
