@@ -42,10 +42,10 @@ It is refused while a run that trained on it is there.
 without them, every cache that names it gets a newer manifest, and then the old shards are deleted, whatever their age.
 No job encodes these samples again, and nothing undoes that: before it asks it says in which datasets it found the keys,
 for they are looked for in all.  A sample prepared again into another shard is another sample: only its old shard is
-marked.  Killed in the middle, the same command finishes it.  Older manifests can still be
-read (`calotype cache show CACHE --digest D`); a training run that began with one cannot go on, for its order is gone:
-start a new one from its weights with denoiser.init_from=run:NAME.  Images in datasets stay: they are named.  Chunks on
-local disks (stream.cache) go when others take their room."""
+marked.  Killed in the middle, the same command finishes it; damaged shards are named, and all others rewritten.  Older
+manifests can still be read (`calotype cache show CACHE --digest D`); a training run that began with one cannot go on,
+for its order is gone: start a new one from its weights with denoiser.init_from=run:NAME.  Images in datasets stay: they
+are named.  Chunks on local disks (stream.cache) go when others take their room."""
 
 
 def add_to(verbs: Any) -> None:
