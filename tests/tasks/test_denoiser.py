@@ -357,7 +357,7 @@ def test_a_run_does_not_go_on_in_a_cache_that_lost_samples(root: str, tmp_path: 
     from calotype.tasks import sample, takedown
     from calotype.train import loop
 
-    shutil.copytree(root, tmp_path / "root")
+    shutil.copytree(root, tmp_path / "root", ignore=shutil.ignore_patterns("runs"))  # that other tests began there
     config = denoiser.resolve(settings(str(tmp_path / "root"), images=2 * BATCH))
     other = denoiser.resolve(dataclasses.replace(config, seed=4, name="other"))
     record = runs.begin("train_denoiser", config, lambda _: ("", ""), lambda _: None)
