@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calotype.config import Autoencoder, CacheLatents, Encoding, TrainDenoiser
 from calotype.data import cache
-from calotype.data.manifest import Manifest, load_dataset
+from calotype.data.manifest import CACHE, Manifest, load_dataset
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.tasks import cache as task
@@ -192,3 +193,31 @@ def test_nothing_is_deleted_beside_a_cache_that_cannot_be_read(config: CacheLate
     status, out = say("gc", "--hours", "0", "--yes")
     assert status == 1
     assert "nobody knows what it needs, so nothing is deleted" in out
+
+
+@pytest.mark.parametrize("left", [None, b"[1]", b"\xff"])
+def test_gc_goes_on_where_one_was_killed(config: CacheLatents, say: Say, left: bytes | None) -> None:
+    task.make(config, Worker())(task.plan(config)[0])
+    latents_of(config).delete("encoding.json")
+    if left is not None:
+        latents_of(config).write("encoding.json", left)
+    status, out = say("gc", "--hours", "0", "--yes")
+    assert (status, "unknown" in out) == (0, True)
+    assert list(latents_of(config).list()) == []
+
+
+@pytest.mark.parametrize(
+    "meta", [{"encoding": [1]}, {"encoding": 5}, {"encoding": {"a": 1}}, {"dataset": 3}, {"encoding": None}]
+)
+def test_a_cache_that_does_not_say_what_it_is_is_unreadable(
+    config: CacheLatents, say: Say, meta: dict[str, Any]
+) -> None:
+    manifest = Manifest(
+        CACHE, "toy", ("json",), (), {"encoding": cache.encoding_of(config), "dataset": "0" * 64} | meta
+    )
+    open_store(config.root).at("caches", "0" * 32).write("manifest.json", manifest.to_bytes())
+    status, out = say("ls", "--json")
+    assert status == 0
+    assert json.loads(out)[0]["state"].startswith("unreadable: meta.")
+    status, out = say("gc", "--hours", "0", "--yes")
+    assert (status, "so nothing is deleted" in out) == (1, True)

@@ -28,7 +28,8 @@ LOOP, MIXTURE, ELSEWHERE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md
 
 def test_the_readmes_loop_runs(tmp_path: Path) -> None:
     root, dice = open_store(str(tmp_path)), np.random.default_rng(0)
-    encoding = {"format": "calotype.encoding/1"}
+    form = {"autoencoder": {"encoder": "0", "f": 8, "channels": 4}, "conditions": {"text": {"source": "text"}}}
+    encoding = form | {"resolution": 64, "batch": 1, "dtype": "float16", "posterior": "gaussian"}
     store = root.at("latents", encoding_id(encoding))
     samples = [
         Sample(f"k{n}", {"latent.npy": to_npy(dice.normal(size=(2, 4, 8, 8)).astype(np.float16) + 3),
@@ -36,7 +37,7 @@ def test_the_readmes_loop_runs(tmp_path: Path) -> None:
         for n in range(512)
     ]  # fmt: skip
     row = write_shard(store, "x.tar", samples, 64)
-    meta = {"encoding": encoding, "channel_mean": [3.0] * 4, "channel_std": [3.3] * 4}
+    meta = {"encoding": encoding, "dataset": "0" * 64, "channel_mean": [3.0] * 4, "channel_std": [3.3] * 4}
     manifest = Manifest(CACHE, "toy", ("latent.npy", "text.npy"), (row,), meta)
     root.at("caches", "abc").publish("manifest.json", manifest.to_bytes())
     program = LOOP.replace("s3://calotype", str(tmp_path)).replace('"CACHE"', '"abc"')

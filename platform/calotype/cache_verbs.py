@@ -14,7 +14,7 @@ from calotype import caches, console, runs
 from calotype.console import age, many, megabytes, size, speed
 from calotype.data import cache, garbage, verify
 from calotype.data.filters import takedown_keys
-from calotype.data.manifest import Manifest, cache_versions
+from calotype.data.manifest import Manifest, cache_versions, stored_encoding
 from calotype.data.store import Missing, Store, open_store
 from calotype.data_verbs import family, positive
 from calotype.errors import CalotypeError
@@ -293,7 +293,7 @@ def _gc(args: argparse.Namespace) -> int:
     rows: list[list[Any]] = [[f"cache {one.id[:8]}", one.dataset, _words(one.encoding), "", ""] for one in given_up]
     for encoding, entries in found.items():
         shards = sum(entry.key.endswith(".tar") for entry in entries)
-        about = _words(json.loads(root.at("latents", encoding).read("encoding.json")))
+        about = _words(stored_encoding(root, encoding) or {}) or "unknown"
         rows.append([f"latents/{encoding[:8]}", "", about, shards, size(sum(entry.size for entry in entries))])
     console.table(f"to be deleted under {args.root}", ["what", "dataset", "encoding", "shards", "size"], rows)
     if not _agreed(args, f"Delete {size(total)}?"):

@@ -61,7 +61,7 @@ def known(root: str) -> list[Known]:
         try:
             made = cache_manifest(place)
             found[name] = Known(name, made.meta["encoding"], made.name, made.meta["dataset"], made)
-        except (Missing, DataError, KeyError) as error:
+        except (Missing, DataError) as error:
             found[name] = Known(name, {}, "", "", error=f"unreadable: {error}")
         found[name].modified = max((entry.modified for entry in place.list("manifest")), default=0.0)
     for record, encoding, digest, dataset in references(root):

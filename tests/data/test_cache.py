@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding
 from calotype.data import cache, statistics, takedowns
-from calotype.data.shards import Sample
+from calotype.data.shards import Sample, write_shard
+from calotype.data.store import open_store
 from calotype.errors import ConfigError, DataError
 
 GOLDEN, GOLDEN_CACHE = "964406bfdc5efb845e8ca5ea946ed810", "df07bf530ad8d9336fe0bbc94cc44b42"
@@ -176,3 +178,16 @@ def test_model_latents_are_white_and_go_back() -> None:
     assert torch.allclose(cache.from_model(model, *scale), mean + std * noise, atol=1e-2)
     assert torch.allclose(cache.from_model(cache.to_model(mean, None, None, *scale), *scale), mean, atol=1e-5)
     assert torch.allclose(cache.to_model(mean, std, None, *scale), cache.to_model(mean, None, None, *scale))
+
+
+def test_rows_of_the_source_are_read_from_columns_that_say_them(tmp_path: Path) -> None:
+    store, samples = open_store(str(tmp_path)), [Sample(f"s{n}", {"txt": b"x"}) for n in range(4)]
+
+    def rows(key: str, columns: dict[str, list[Any]] | None) -> list[int]:
+        return cache.source_rows(store, write_shard(store, key, samples, 4, columns=columns, buckets=[0, 0, 1, 1]), ())
+
+    assert rows("sound.tar", {"row": [3, 0, 1, 9]}) == [3, 0, 1, 9]
+    others: list[list[Any]] = [[0, 0, 1, 2], [-1, 0, 1, 2], [None, 0, 1, 2], ["a", "b", "c", "d"], [[0], [1], [2], [3]]]
+    for n, columns in enumerate([None, {"rov": [0, 1, 2, 3]}, *({"row": other} for other in others)]):
+        with pytest.raises(DataError, match=rf"columns of .*/{n}\.tar do not say of which row"):
+            rows(f"{n}.tar", columns)

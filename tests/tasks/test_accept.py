@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,36 @@ def test_what_a_shard_remembers_of_the_first_format_still_counts(tmp_path: Path)
     store.write(key, json.dumps(found | {"format": "calotype.made/1", "device": "an old one"}).encode())
     again = recognised(open_store(config.root).at("datasets", "toy"), store, unit, made.shard)
     assert (again.device, again.statistics, again.decoded) == ("an old one", made.statistics, [])
+
+
+def _with(name: str, value: Any, found: dict[str, Any]) -> dict[str, Any]:
+    return found | {"statistics": found["statistics"] | {name: value}}
+
+
+HINTS: list[Callable[[dict[str, Any]], Any]] = [
+    lambda found: [],
+    lambda found: None,
+    lambda found: found | {"statistics": {}},
+    lambda found: found | {"device": 3},
+    lambda found: found | {"lost": [[0]]},
+    lambda found: found | {"decoded": [["s000", "high", 1.0]]},
+    *(partial(_with, name, value) for name, value in (
+        ("count", 0), ("count", 1.5), ("count", 9 * 16 * 16 + 1), ("sum", [float("nan")] * 3), ("sum", [1e9] * 3),
+        ("sum", [0.0] * 2), ("squares", [1e300] * 3), ("variance", [-1.0] * 3), ("largest", "1"), ("largest", 1e300),
+        ("labels", -1), ("cut", None),
+    )),
+]  # fmt: skip
+
+
+def test_what_no_maker_can_have_left_counts_as_not_there(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    config = config_of(tmp_path, "", autoencoder=PIXELS)
+    unit, source = task.plan(config)[0], open_store(config.root).at("datasets", "toy")
+    made = task.make(config, Worker())(unit)
+    store, key = latents_of(config), cache.made_key(made.shard.key)
+    sound = json.loads(store.read(key))
+    assert recognised(source, store, unit, made.shard).device == made.device
+    for hint in [b"", b"\xff", *(json.dumps(change(sound)).encode() for change in HINTS)]:
+        store.write(key, hint)
+        found = recognised(source, store, unit, made.shard)
+        assert (found.device, found.statistics) == ("not recorded", made.statistics), hint[:300]

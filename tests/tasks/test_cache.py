@@ -410,6 +410,16 @@ def test_the_trainer_is_told_the_field_that_differs(trainer: TrainDenoiser, chan
         cache.load_cache(open_store(trainer.root), change(trainer))
 
 
+@pytest.mark.parametrize("data", [b"[1]", b"\xff", b'{"resolution": 8}'])
+def test_the_nearest_one_is_not_what_nobody_can_read(trainer: TrainDenoiser, data: bytes) -> None:
+    root = open_store(trainer.root)
+    for folder in root.folders("latents"):
+        root.at("latents", folder).write("encoding.json", data)
+    other = replace(trainer, encoding=replace(trainer.encoding, resolution=32))
+    with pytest.raises(DataError, match="dataset toy has no latent cache under"):
+        cache.load_cache(root, other)
+
+
 def test_one_changed_weight_makes_another_cache(trainer: TrainDenoiser, tmp_path: Path, weights: str) -> None:
     model = AutoencoderKL.from_pretrained(weights, low_cpu_mem_usage=False)
     with torch.no_grad():

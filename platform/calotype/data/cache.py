@@ -35,7 +35,15 @@ from calotype.compose import digest_of
 from calotype.config import CacheLatents, Condition, Encoding, TrainDenoiser
 from calotype.data.buckets import Size
 from calotype.data.images import PREPROCESSING
-from calotype.data.manifest import Manifest, Shard, cache_manifest, cache_versions, load_dataset, sidecar_key
+from calotype.data.manifest import (
+    Manifest,
+    Shard,
+    cache_manifest,
+    cache_versions,
+    load_dataset,
+    sidecar_key,
+    stored_encoding,
+)
 from calotype.data.npy import from_npy, mask_of, padded, to_npy
 from calotype.data.shards import Sample, columns_of
 from calotype.data.store import Missing, Store
@@ -207,9 +215,7 @@ def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
         )
     nearest: list[str] = []
     for folder in root.folders("latents"):
-        try:
-            other = json.loads(root.at("latents", folder).read("encoding.json"))
-        except Missing:
+        if (other := stored_encoding(root, folder)) is None:
             continue
         differing = differences(other, encoding)
         if finished(root.at("latents", folder), shards, taken) and (not nearest or len(differing) < len(nearest)):
@@ -296,11 +302,18 @@ def source_rows(latents: Store, shard: Shard, lost: Collection[int]) -> list[int
 
     Args:
         lost: rows of the source shard that have no latent.
+
+    Raises:
+        DataError: its columns do not say it.
     """
-    table = columns_of(latents, shard, [ROW]) if shard.buckets else None
-    if table is not None:
-        return list(table[ROW].to_pylist())
-    return [row for row in range(shard.samples + len(lost)) if row not in lost]
+    if not shard.buckets:
+        return [row for row in range(shard.samples + len(lost)) if row not in lost]
+    table = columns_of(latents, shard, [ROW])
+    rows = table[ROW].to_pylist() if table is not None and ROW in table.column_names else []
+    if len({row for row in rows if type(row) is int and row >= 0}) != shard.samples:
+        raise DataError(f"the columns of {latents.uri}/{shard.key} do not say of which row of its source each of its "
+                        "samples is: they were changed")  # fmt: skip
+    return rows
 
 
 # --------------------------------------------------------------------------------------------- samples

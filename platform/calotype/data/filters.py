@@ -113,6 +113,8 @@ def publish_sorted(store: Store, name: str, dataset: Manifest, cache: Manifest, 
     def kept(shard: Shard) -> Bits:
         key = source[shard.source_sha256]
         rows = source_rows(latents, shard, lost.get(key, ()))
+        if max(rows) >= len(keep[key]):
+            raise DataError(f"{latents.uri}/{shard.key} names row {max(rows)} of {key}, which has {len(keep[key])}")
         return keep[key][rows]
 
     with ThreadPoolExecutor(READERS, "columns") as pool:

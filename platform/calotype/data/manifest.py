@@ -20,6 +20,8 @@ DATASET, CACHE = "calotype.dataset/2", "calotype.cache/2"
 DATASETS, CACHES = (DATASET, "calotype.dataset/1"), (CACHE, "calotype.cache/1")  # of v1, rows lack the last two
 FIRST = "manifest.json"  # of a cache
 _VERSION = re.compile(r"manifests/\d{6,}\.json")
+_ENCODING = {"autoencoder": dict, "conditions": dict, "resolution": int, "batch": int, "dtype": str, "posterior": str}
+_AUTOENCODER = {"encoder": str, "f": int, "channels": int}
 MAX_CHUNKS = 2**20  # of one shard: a row of a few bytes must not ask for memory without end
 
 
@@ -221,7 +223,7 @@ def cache_manifest(store: Store, digest: str = "") -> Manifest:
 
     Raises:
         Missing: there is none.
-        DataError: it is not the manifest of a cache.
+        DataError: it is not the manifest of a cache, or does not say of which encoding and dataset.
     """
     for key in reversed(cache_versions(store)):
         data = store.read(key)
@@ -229,8 +231,39 @@ def cache_manifest(store: Store, digest: str = "") -> Manifest:
             found = Manifest.from_bytes(data)
             if found.format not in CACHES:
                 raise DataError(f"{store.uri}/{key} is no latent cache but a {found.format}")
+            check_encoding(found.meta.get("encoding"), f"meta.encoding of {store.uri}/{key}")
+            if not isinstance(found.meta.get("dataset"), str):
+                raise DataError(f"meta.dataset of {store.uri}/{key} is no digest of a dataset: it was changed")
             return found
     raise Missing(f"{store.uri} has no manifest" + (f" with digest {digest}" if digest else ""))
+
+
+def check_encoding(found: Any, what: str) -> None:
+    """
+    Raises:
+        DataError: it is not what the identity of an encoding stands for: a field is missing, or has another type.
+    """
+
+    def fits(data: Any, kinds: dict[str, type]) -> bool:
+        return isinstance(data, dict) and all(type(data.get(name)) is kind for name, kind in kinds.items())
+
+    sound = fits(found, _ENCODING) and fits(found["autoencoder"], _AUTOENCODER) and found["autoencoder"]["f"] > 0
+    sound = sound and all(fits(form, {"source": str}) for form in found["conditions"].values())
+    buckets = found.get("buckets", []) if sound else None
+    if not isinstance(buckets, list) or any(
+        not isinstance(size, list) or [type(edge) for edge in size] != [int, int] for size in buckets
+    ):
+        raise DataError(f"{what} is no encoding of latents: it was changed, or is of another version")
+
+
+def stored_encoding(root: Store, folder: str) -> dict[str, Any] | None:
+    """What E, the name of a folder of `latents`, stands for; None where its encoding.json was deleted or is another."""
+    try:
+        found = parsed(root.at("latents", folder).read("encoding.json"), "encoding.json")
+        check_encoding(found, "encoding.json")
+    except (Missing, DataError):
+        return None
+    return found
 
 
 def publish_cache(store: Store, manifest: Manifest, newest: str = "") -> bool:

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from calotype.data import cache, shards, statistics, takedowns
-from calotype.data.manifest import Shard
+from calotype.data.manifest import Shard, parsed
 from calotype.data.shards import Sample
 from calotype.data.statistics import Statistics
 from calotype.data.store import Missing, Store
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 MADE, MADE_1 = "calotype.made/2", "calotype.made/1"
 REMEMBERED: dict[str, Callable[..., Any]] = {"lost": Lost, "decoded": Decoded}
 NOT_RECORDED = "not recorded"
+SUMS = ("sum", "squares", "variance")
+LARGEST, ROUNDED = 2.0**128, 1 + 1e-6  # above all of float32; sums of 10^9 numbers in float64 are nearer than that
 CHUNK_SAMPLES = 256  # of latents, at most: those of the source may be few, for images are bigger
 
 
@@ -94,15 +97,40 @@ def remember(latents: Store, made: Made) -> None:
 
 
 def remembered(latents: Store, unit: Shard, shard: Shard) -> Made | None:
-    """What the maker of a latent shard left beside it; None if it died before it did."""
+    """What the maker of a latent shard left beside it; None if it died before it did, or no maker can have left it."""
     try:
-        found = json.loads(latents.read(cache.made_key(shard.key)))
-    except Missing:
+        found = parsed(latents.read(cache.made_key(shard.key)), "what a maker remembers", MADE, MADE_1)
+        lost, decoded = ([kind(*one) for one in found.get(name, ())] for name, kind in REMEMBERED.items())
+        made = Made(unit, shard, found["statistics"], found["device"], lost, decoded)
+        return made if found["sha256"] == shard.sha256 and _can_be(made) else None
+    except (Missing, DataError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    if found.get("format") not in (MADE, MADE_1) or found.get("sha256") != shard.sha256:
-        return None
-    lost, decoded = ([kind(*one) for one in found.get(name, ())] for name, kind in REMEMBERED.items())
-    return Made(unit, shard, found["statistics"], found["device"], lost, decoded)
+
+
+def _can_be(made: Made) -> bool:
+    """Whether these can be figures of such a shard.  Training whitens by them, so a hint that was damaged is none.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: a figure is missing, or no number.
+    """
+    figures, samples = made.statistics, made.shard.samples
+    count, largest, sums = figures["count"], figures["largest"], [figures[name] for name in SUMS]
+    numbers = [count, figures["labels"], figures["cut"], *(one.row for one in made.lost)]
+    words = [made.device, *(one.key for one in made.decoded)]
+    words += [word for one in made.lost for word in (one.key, one.reason)]
+    if any(type(n) is not int or n < 0 for n in numbers) or not all(isinstance(word, str) for word in words):
+        return False
+    if not all(math.isfinite(value) for one in made.decoded for value in (one.psnr, one.fresh)):
+        return False
+    if not 0 <= largest <= LARGEST or count < samples or (count % samples and not made.shard.buckets):
+        return False
+    if not len(sums[0]) == len(sums[1]) == len(sums[2]) > 0:
+        return False
+    return all(
+        total**2 <= squares * count * ROUNDED and squares <= largest**2 * count * ROUNDED
+        and 0 <= variance <= LARGEST**2 * count
+        for total, squares, variance in zip(*sums, strict=True)
+    )  # fmt: skip
 
 
 def recognised(source: Store, latents: Store, unit: Shard, shard: Shard, taken: Collection[str] = frozenset()) -> Made:
