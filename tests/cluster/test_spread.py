@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import spread, units
+from calotype.cluster import spread, units, workers
 from calotype.config import Cluster, Data, Prepare
 from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
@@ -68,6 +69,33 @@ def test_a_killed_actor_loses_no_unit(cluster: None, tmp_path: Path) -> None:
     assert (tmp_path / "killed").exists()
     assert {rank for _, rank, _ in made.values()} <= {0, 1}
     assert {threads for _, _, threads in made.values()} == {1}
+
+
+def test_idle_workers_that_died_together_are_blamed_on_one_unit_at_most(cluster: None) -> None:
+    import ray
+
+    spread._connect(Cluster())
+    actor = ray.remote(workers.Units).options(num_cpus=0)
+    made = units.Actors(lambda rank: actor.remote(squares, config(), rank, 3, "group"), 3, Cluster(), 0)
+    made.ask(3)
+    while len(made.idle) < 3:
+        made.wait(1.0)
+    for _, handle in made.idle[1:]:
+        ray.kill(handle)
+        with suppress(ray.exceptions.RayActorError):
+            while True:
+                ray.get(handle.ready.remote())
+    made.hand(0, (5,))
+    while (ended := made.wait(1.0)) is None:
+        pass
+    assert ended[0] == 0
+    assert ended[2]
+    assert len(made.idle) == 1
+    made.hand(0, (5,))
+    while (ended := made.wait(1.0)) is None:
+        pass
+    assert ended[1][0] == 25
+    made.kill()
 
 
 def test_what_a_unit_raises_comes_through_as_itself(cluster: None, tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def map(
                 index, made, why = ended
                 if why:
                     if (deaths := waiting.died(index)) > RETRIES:
-                        raise CalotypeError(f"the worker died {deaths} times on {repr(units[index])[:300]}: {why}")
+                        named = str(getattr(units[index], "key", units[index]))[:300]
+                        raise CalotypeError(f"the worker died {deaths} times on {named}: {why}")
                 elif isinstance(made, Held):
                     waiting.held(index, made)
                 else:

@@ -19,6 +19,7 @@ AGAIN = 2.0  # seconds until a unit that another job has is handed out again
 PLACED = 60.0  # seconds without any worker after which that is said
 REST = 1.0  # seconds before another actor is asked for, after one that did not start; doubled by each further one
 LONGEST_REST = 60.0
+ANSWER = 2.0  # seconds that an idle worker has to say that it lives
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ class Actors:
             self._ranks.appendleft(rank)
             why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if begun:
+                self._drop_dead()
                 return index, None, why
             self._failed_to_start(why)
             return None
@@ -161,6 +163,19 @@ class Actors:
             return index, made, ""
         self._failed = 0
         return None
+
+    def _drop_dead(self) -> None:
+        """With a machine many workers die at once: those that were idle are not handed units, which would be blamed."""
+        import ray
+
+        asked = {actor.ready.remote(): (rank, actor) for rank, actor in self.idle}
+        answered = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)[0] if asked else []
+        for future in answered:
+            try:
+                ray.get(future)
+            except ray.exceptions.RayError:
+                self.idle.remove(asked[future])
+                self._ranks.append(asked[future][0])
 
     def kill(self) -> None:
         import ray
