@@ -238,7 +238,8 @@ def test_the_shard_of_a_job_that_died_is_made_last(config: CacheLatents, monkeyp
     began = time.monotonic()
     made = mapped(config)
     assert time.monotonic() - began > 0.6
-    assert [found.source for found in made] == [third, first, second]
+    assert made[0].source == third
+    assert {found.source for found in made[1:]} == {first, second}
     assert all(found.spent is not None for found in made)
     assert [entry.key for entry in store.list() if entry.key.endswith(".lease")] == []
 

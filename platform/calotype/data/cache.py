@@ -134,8 +134,8 @@ def shape_of(encoding: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def shapes_of(encoding: Mapping[str, Any]) -> list[list[int]]:
     """[C, h, w] of the latents of every bucket; [] where there are none."""
-    f, channels = encoding["autoencoder"]["f"], encoding["autoencoder"]["channels"]
-    return [[channels, height // f, width // f] for width, height in encoding.get("buckets", ())]
+    own = encoding["autoencoder"]
+    return [[own["channels"], height // own["f"], width // own["f"]] for width, height in encoding.get("buckets", ())]
 
 
 def latents_of(root: Store, encoding: Mapping[str, Any]) -> Store:
@@ -228,8 +228,9 @@ def _why_missing(root: Store, config: CacheLatents | TrainDenoiser) -> str:
 
 def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """`field (X in the cache, Y here)` for every field in which two encodings differ."""
-    found = differing(cached, wanted)
-    return [f"{name} ({shortly(old)} in the cache, {shortly(new)} here)" for name, old, new in found]
+    return [
+        f"{name} ({shortly(old)} in the cache, {shortly(new)} here)" for name, old, new in differing(cached, wanted)
+    ]
 
 
 def shortly(value: Any) -> str:
