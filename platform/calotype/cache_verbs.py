@@ -12,7 +12,7 @@ from typing import Any
 
 from calotype import caches, console, runs
 from calotype.console import age, many, megabytes, size, speed
-from calotype.data import cache, garbage, verify
+from calotype.data import cache, differences, garbage, verify
 from calotype.data.filters import takedown_keys
 from calotype.data.manifest import Manifest, cache_versions, stored_encoding
 from calotype.data.store import Missing, Store, open_store
@@ -157,7 +157,7 @@ def _show(args: argparse.Namespace) -> int:
         print(json.dumps(_as_json(one, names), indent=1))
         return 0
     rows: list[list[Any]] = [["cache", one.id], ["state", one.state], ["dataset", f"{one.dataset} {one.digest}"]]
-    rows += [[name, value] for name, value in cache.flat(one.encoding).items()]
+    rows += [[name, value] for name, value in differences.flat(one.encoding).items()]
     if one.manifest is not None:
         for split, part in one.manifest.totals().items():
             held = f"{many(part['samples'], 'sample')} in {many(part['shards'], 'shard')}, {size(part['bytes'])}"
@@ -246,8 +246,8 @@ def _encoding_changed(latents: Store, one: caches.Known) -> list[str]:
 def _diff(args: argparse.Namespace) -> int:
     one, other = (caches.found_by(args.root, reference) for reference in args.references)
     rows: list[list[Any]] = [
-        [name, cache.shortly(old), cache.shortly(new)]
-        for name, old, new in cache.differing(one.encoding, other.encoding)
+        [name, differences.shortly(old), differences.shortly(new)]
+        for name, old, new in differences.differing(one.encoding, other.encoding)
     ]
     if one.digest != other.digest:
         rows.append(["dataset", *(f"{each.dataset} {each.digest[:8]}" for each in (one, other))])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from calotype.config import Autoencoder, CacheLatents, Condition, Data, Encoding
-from calotype.data import cache, statistics, takedowns
+from calotype.data import cache, differences, statistics, takedowns
 from calotype.data.shards import Sample, write_shard
 from calotype.data.store import open_store
 from calotype.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ def text(**changes: Any) -> dict[str, Condition]:
 def test_whatever_changes_stored_bytes_changes_the_encoding(changed: CacheLatents) -> None:
     old, new = cache.encoding_of(CONFIG), cache.encoding_of(changed)
     assert cache.encoding_id(old) != cache.encoding_id(new)
-    assert cache.differences(old, new)
+    assert differences.differences(old, new)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_key_of_a_latent_shard_that_lost_samples_stays_what_it_is() -> None:
 
 def test_the_differing_field_is_named_as_the_user_knows_it() -> None:
     other = replace(CONFIG, encoding=replace(CONFIG.encoding, dtype="float32"), conditions=text(length=16))
-    assert cache.differences(cache.encoding_of(CONFIG), cache.encoding_of(other)) == [
+    assert differences.differences(cache.encoding_of(CONFIG), cache.encoding_of(other)) == [
         "conditions.text.length (32 in the cache, 16 here)",
         "encoding.dtype (float16 in the cache, float32 here)",
     ]

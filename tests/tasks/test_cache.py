@@ -17,7 +17,7 @@ import torch
 import webdataset
 from calotype.cluster import spread, units
 from calotype.config import Autoencoder, CacheLatents, Cluster, Data, Encoding, TrainDenoiser
-from calotype.data import cache, lease, shards, statistics
+from calotype.data import cache, differences, lease, shards, statistics
 from calotype.data.manifest import DATASET, Manifest, Shard, load_dataset, publish_dataset, sidecar_key
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
@@ -173,7 +173,7 @@ def test_how_the_encoder_computes_is_part_of_the_encoding(
     assert made.dtype == np.float16
     assert not np.array_equal(made, plain)
     assert np.allclose(made, plain, atol=0.05)
-    names = {name for name, _, _ in cache.differing(cache.encoding_of(config), cache.encoding_of(other))}
+    names = {name for name, _, _ in differences.differing(cache.encoding_of(config), cache.encoding_of(other))}
     assert names == {f"encoding.{name}" for name in changes}
 
 
