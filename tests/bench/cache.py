@@ -1,6 +1,6 @@
 """Caching latents beside the bare encoder and beside other people's ways of doing it, on two cores.
 
-    python tests/bench/cache.py [--encoders dear cheap] [--images 2560] [--rounds 1] [--bytes]
+    python tests/bench/cache.py [--encoders dear cheap] [--images 2560] [--alone] [--rounds 1] [--bytes]
 
     bare      two processes encode tensors that are in memory already: no decoding, no store, no checks
     ours      the job cache_latents with two workers on Ray: S3 in, S3 out, verified, compared with its images
@@ -41,7 +41,7 @@ sys.path += [str(ROOT), str(ROOT / "platform")]
 from tests.bench import cache_bytes, cache_gpu  # noqa: E402
 
 BATCH, WORKERS = 16, 2
-SHARD = 640  # images: whole batches, for the last one of a shard is padded
+SHARD = 1280  # images: whole batches, for the last one of a shard is padded
 ENCODERS = {"dear": (128, (16, 32)), "cheap": (32, (4, 4))}  # pixels, channels
 ASKED = 0.90  # of the bare encoder
 
@@ -196,8 +196,8 @@ def prepared(root: str, folder: str) -> list[str]:
     return [f"{root.split('/', 3)[3]}/datasets/bench/{row.key}" for row in load_dataset(store).shards]
 
 
-def measured(weights: str, size: int, root: str, pictures: str, images: int) -> dict[str, float]:
-    """Images per second of each; seconds under names that end so."""
+def measured(weights: str, size: int, root: str, pictures: str, images: int, alone: bool) -> dict[str, float]:
+    """Images per second of each; seconds under names that end so.  `alone`: of ours and the bare encoder."""
     tars = prepared(root, pictures)
     one = {"bare": together(bare, weights, size, root, tars, images)}
     job = ours(weights, size, root)
@@ -206,6 +206,8 @@ def measured(weights: str, size: int, root: str, pictures: str, images: int) -> 
     one["ours: start, seconds"] = job["whole"] - (job["seconds"] - job["start_seconds"])
     for name in ("encoder_busy_percent", "decode_percent", "write_percent"):
         print(f"    {name} {job[name]:.1f}")
+    if alone:
+        return one
     one["files"] = together(files, weights, size, root, tars, images)
     one["ray data, whole job"], one["ray data, from its first batch"] = ray_data(weights, size, root, tars)
     return one
@@ -230,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", nargs="*", choices=[*ENCODERS], default=[*ENCODERS])
     parser.add_argument("--images", type=int, default=2560)
+    parser.add_argument("--alone", action="store_true", help="ours beside the bare encoder, without other people's")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3], metavar="WORKERS", help="that are compared")
     parser.add_argument("--bytes", action="store_true", help="only what a sample takes")
@@ -261,7 +264,8 @@ def main() -> None:
             found: dict[str, list[float]] = {}
             for number in range(options.rounds):
                 place = f"{root}/{name}-{number}"
-                for what, value in measured(weights, size, place, f"{folder}/pictures", options.images).items():
+                given = (weights, size, place, f"{folder}/pictures", options.images, options.alone)
+                for what, value in measured(*given).items():
                     found.setdefault(what, []).append(value)
                     print(f"  {name}, round {number + 1}: {what} {value:.1f}", flush=True)
             said(name, found)
