@@ -19,6 +19,7 @@ from calotype.data.store import Missing, Store, open_store
 from calotype.data_verbs import family, positive
 from calotype.errors import CalotypeError
 
+NOT_RECORDED = "not recorded"
 NAMED = 5  # runs, samples and shards that a line names
 
 VERIFY = """Repeat the gate that a cache passed when it was made, on what lies there now:
@@ -165,13 +166,13 @@ def _show(args: argparse.Namespace) -> int:
         meta = one.manifest.meta
         rows += [
             ["members", " ".join(one.manifest.members)],
-            ["latent (C, h, w)", " x ".join(map(str, meta["shape"]))],
-            ["channel mean", _numbers(meta["channel_mean"])],
-            ["channel std", _numbers(meta["channel_std"])],
+            ["latent (C, h, w)", " x ".join(map(str, meta.get("shape", ()))) or NOT_RECORDED],
+            ["channel mean", _numbers(meta.get("channel_mean", ()))],
+            ["channel std", _numbers(meta.get("channel_std", ()))],
             ["channel signal", _numbers(meta.get("channel_signal", ()))],
             ["acceptance", _accepted(meta.get("acceptance"))],
             ["left out", _left_out(meta.get("quarantined", ()))],
-            ["made on", "; ".join(meta["devices"])],
+            ["made on", "; ".join(meta.get("devices", ())) or NOT_RECORDED],
             ["manifest", one.manifest.digest],
         ]
         rows += [["older manifest", _superseded(made, newest)] for made in older if one.manifest is newest]
@@ -190,7 +191,7 @@ def _superseded(made: Manifest, newest: Manifest | None) -> str:
 
 
 def _numbers(values: Iterable[float]) -> str:
-    return " ".join(console.figure(float(value)) for value in values) or "not recorded"
+    return " ".join(console.figure(float(value)) for value in values) or NOT_RECORDED
 
 
 def _accepted(report: dict[str, Any] | None) -> str:
@@ -257,7 +258,7 @@ def _diff(args: argparse.Namespace) -> int:
             alone = (f"{many(len(some), 'source shard')} of its own" for some in (mine - theirs, theirs - mine))
             rows.append([f"shards (both have {len(mine & theirs):,})", *alone])
         for name in ("channel_mean", "channel_std"):
-            values = [each.manifest.meta[name] for each in (one, other)]  # type: ignore[union-attr]
+            values = [each.manifest.meta.get(name, ()) for each in (one, other)]  # type: ignore[union-attr]
             if values[0] != values[1]:
                 rows.append([name, *map(_numbers, values)])
         psnr = [(each.manifest.meta.get("acceptance") or {}).get("psnr") for each in (one, other)]  # type: ignore[union-attr]
@@ -336,11 +337,13 @@ def _take_down(args: argparse.Namespace) -> int:
     if not keys:
         raise CalotypeError(f"--takedown {args.takedown} names no key: write one per line")
     found = takedown.survey(args.root, keys)
+    for why in found.unread:
+        print(f"cannot be searched: {why}")
     if found.unknown:
         told = f"{found.unknown:,} of {len(keys):,}"
         print(f"keys of the list that are in no dataset and no latents under {args.root}: {told}")
     if not found.hits and not found.stale and not found.caches:
-        return 0
+        return 1 if found.unread else 0
     if found.unmarked or found.stale or found.caches:
         _show_takedown(args.root, found)
         total = sum(entry.size for entries in found.stale.values() for entry in entries)
@@ -353,6 +356,10 @@ def _take_down(args: argparse.Namespace) -> int:
     for name, (images, held) in found.places().items():
         lie = f"of {many(images, 'sample')} still lie in {many(held, 'shard')} of {args.root}/datasets/{name}"
         print(f"the images {lie}: take them out of its source, and prepare it again")
+    if found.unread:
+        unread = many(len(found.unread), "shard")
+        print(f"{unread} could not be searched, as said above: mend or delete these, and give the same command again")
+        return 1
     return 0
 
 

@@ -86,7 +86,7 @@ def _progress(store: Store, one: Known) -> None:
     try:
         rows = load_dataset(dataset_store(store.uri, one.dataset), one.digest).shards
     except DataError as error:
-        one.error = f"its dataset is gone: {error}"
+        one.error = f"its dataset cannot be read: {error}"
         return
     one.shards = len(rows)
     latents = store.at("latents", cache.encoding_id(one.encoding))

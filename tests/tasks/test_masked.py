@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from calotype import config as C
+from calotype.compose import as_data
 from calotype.data import Stream, cache, open_cache, shards
 from calotype.data.store import open_store
 from calotype.environment import Worker
@@ -65,22 +68,49 @@ def test_a_stream_pads_them_as_the_validation_and_a_prompt_are_padded(made: tupl
         assert name == "latent" or np.array_equal(array, prompted[name].numpy())
 
 
-def test_a_denoiser_trains_on_them_validates_and_draws(made: tuple[C.CacheLatents, str]) -> None:
-    config, _ = made
+def trained(config: C.CacheLatents, engine: C.Engine) -> C.TrainDenoiser:
     shared = {name: getattr(config, name) for name in ("root", "data", "autoencoder", "encoding", "conditions")}
     settings = C.TrainDenoiser(
         name="d", **shared, denoiser=C.Denoiser(model=UNET),
         cluster=C.Cluster(kind="local"), track=C.Track(kind="none"),
-        train=C.Train(images=16, batch=8, flip=True, validate_every=8, sample_every=8), engine=C.Engine(kind="torch"),
+        train=C.Train(images=16, batch=8, flip=True, validate_every=8, sample_every=8), engine=engine,
         sampler=C.Sampler(steps=2), prompts=["a 3", "a photo of a 12"],
     )  # fmt: skip
-    settings = denoiser.resolve(settings)
+    return denoiser.resolve(settings)
+
+
+def test_a_denoiser_trains_on_them_validates_and_draws(made: tuple[C.CacheLatents, str]) -> None:
+    config, _ = made
+    settings = trained(config, C.Engine(kind="torch"))
     figures = denoiser.train(settings, Worker())
     assert figures["images"] == 16
     assert math.isfinite(figures["loss"] + figures["validation_loss"])
     other = replace(settings, conditions={"text": replace(settings.conditions["text"], mode="full")})
     with pytest.raises(DataError, match=r"conditions\.text\.mode \(masked in the cache, full here\)"):
         denoiser.resolve(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_workers_train_on_them_as_one_does(
+    made: tuple[C.CacheLatents, str], tmp_path: Path, started: Callable[..., Any], stage: int
+) -> None:
+    engines, found = {1: C.Engine(kind="torch"), 2: C.Engine(kind="deepspeed", stage=stage)}, {}
+    for world, engine in engines.items():
+        record = {"job": "train_denoiser", "identity": "i", "name": "d", "root": str(made[0].root)}
+        job = {"config": as_data(trained(made[0], engine)), "out": str(tmp_path / f"{world}.json")}
+        job["record"] = record | {"artifact_root": str(tmp_path / f"run{world}")}
+        plan, said = tmp_path / f"plan{world}.json", [tmp_path / f"said{world}-{rank}" for rank in range(world)]
+        plan.write_text(json.dumps({"world": world, "store": str(tmp_path / "store"), "jobs": [job]}))
+        spawned = Path(__file__).with_name("spawned.py")
+        workers = [started(spawned, str(plan), str(rank), said=file) for rank, file in enumerate(said)]
+        for worker in workers:
+            worker.join(300)
+        assert [worker.exitcode for worker in workers] == [0] * world, said[0].read_text()
+        points = json.loads((tmp_path / f"{world}.json").read_text())["points"]
+        found[world] = [point[name] for _, point in points for name in ("loss", "validation_loss") if name in point]
+    assert len(found[1]) >= 3
+    assert found[2] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_dropped_caption_is_the_empty_one_with_its_mask(made: tuple[C.CacheLatents, str]) -> None:

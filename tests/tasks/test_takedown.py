@@ -426,6 +426,34 @@ def test_a_damaged_shard_is_named_and_all_others_are_rewritten(tmp_path: Path, t
     assert keys_of(config) == keys_of(small)
 
 
+def test_what_nobody_can_search_is_named_and_stops_nothing_else(tmp_path: Path, typed: Say, listed: Path) -> None:
+    """A latent shard is damaged whose dataset is gone, and there is no other of that source shard."""
+    config = cached(tmp_path)
+    run(config)
+    newer = another_version(config)
+    run(newer)
+    root, gone = open_store(config.root), open_store(config.root).at("datasets", "toy")
+    for key in [entry.key for entry in gone.list("manifests/")][:1]:
+        gone.delete(key)  # of the first version, whose first shard the other does not have
+    place = cache.cache_store(root, config)
+    store, (first, *_) = latents_of(config), found(config).shards
+    for key in cache_versions(place):
+        place.delete(key)
+    data = bytearray(store.read(first.key))
+    data[5000] ^= 1
+    store.write(first.key, bytes(data))
+    gc = ("cache", "gc", "--takedown", str(listed), "--root", config.root, "--yes")
+    for _ in range(2):
+        status, out = typed(*gc)
+        assert (status, f"cannot be searched: {store.uri}/{first.key}" in out) == (1, True), out
+        held = everything(root.at("latents"))
+        assert not [key for key, data in held.items() if b"s010" in data]
+    assert "s010" not in keys_of(newer)
+    store.delete(first.key)
+    status, out = typed(*gc)
+    assert (status, "cannot be searched" in out) == (0, False), out
+
+
 def test_another_takedown_may_begin_before_the_last_step_of_one(tmp_path: Path) -> None:
     """What the one wrote is what a manifest names, until the other has rewritten it."""
     config = cached(tmp_path)

@@ -44,6 +44,13 @@ def test_where_nothing_was_encoded_there_is_no_speed() -> None:
     assert Tally([made(0, images=0)]).speeds() == {}
 
 
+def test_a_job_that_goes_on_counts_on() -> None:
+    """MLflow's steps are images: they do not begin again where there are points of an earlier attempt."""
+    tally = Tally(images=250)
+    tally.add(made(0))
+    assert (tally.seen, tally.images) == (250 + SHARD.samples, 10)
+
+
 def test_the_run_is_told_now_and_then_and_of_the_last_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("calotype.tasks.tally.time.monotonic", lambda: now[0])

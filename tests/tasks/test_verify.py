@@ -101,6 +101,17 @@ def test_latents_of_mirrored_images_are_looked_at_too(tmp_path: Path, typed: Say
     assert (status, "mirrored of sample s008 not finite" in out) == (1, True), out
 
 
+def test_latents_that_are_not_those_of_the_mirrored_image_are_seen(tmp_path: Path, typed: Say) -> None:
+    config, identity = cached(tmp_path, mirrored=True)
+
+    def unmirrored(samples: list[Sample]) -> list[Sample]:
+        return [Sample(one.key, {**one.members, f"{cache.MIRRORED}.npy": one.members[cache.LATENT]}) for one in samples]
+
+    forged(config, unmirrored)
+    status, out = typed("cache", "verify", identity, "--root", config.root)
+    assert (status, bool(re.search(r"costs [\d.]+ dB, more than accept\.psnr_loss=1", out))) == (1, True), out
+
+
 def test_what_was_decoded_is_said_and_may_be_asked_for(tmp_path: Path, typed: Say) -> None:
     config, identity = cached(tmp_path, autoencoder_folder(tmp_path / "weights"))
     words = ("cache", "verify", identity, "--root", config.root)

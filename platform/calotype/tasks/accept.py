@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -52,7 +52,8 @@ def decoded(
     config: CacheLatents,
     device: str,
 ) -> tuple[list[Decoded], Tensor]:
-    """Samples of a latent shard, the first ones of each bucket, as the store gives them.
+    """Samples of a latent shard, the first ones of each bucket, as the store gives them; with their mirrored latents,
+    where it has some.
 
     Args:
         original, cached: source shard and latent shard, each in its store.
@@ -68,29 +69,40 @@ def decoded(
     """
     import torch
 
-    from calotype.model import metrics
+    def rebuilt(latent: Tensor) -> Tensor:
+        return cast("Tensor", model.decode(latent.to(device)).clamp(-1, 1).cpu())
 
     chosen, f = _chosen(cached[1], count), config.autoencoder.f
     judged = set(_chosen(cached[1], config.accept.samples))
     rows = cache.source_rows(*cached, lost)
     if max(rows) >= original[1].samples:
         raise Stranger(f"{cached[1].key} holds more samples than {original[0].where(original[1].key)} has")
+    mirrored = [cache.MIRRORED] if config.encoding.mirrored else []
     sources = shards.read_rows(*original, [rows[at] for at in chosen])
     found, pictures = [], []
     for at, source, stored in zip(chosen, sources, shards.read_rows(*cached, chosen), strict=True):
         if source.key != stored.key:
             where = original[0].where(original[1].key)
             raise Stranger(f"a latent of sample {stored.key} lies in the place of {source.key} of {where}")
-        latent = torch.from_numpy(cache.decode_sample(stored, ())["latent"][:1].astype(np.float32))
-        size = latent.shape[-1] * f, latent.shape[-2] * f
+        arrays = cache.decode_sample(stored, mirrored)
+        latents = {name: torch.from_numpy(arrays[name][:1].astype(np.float32)) for name in ("latent", *mirrored)}
+        size = latents["latent"].shape[-1] * f, latents["latent"].shape[-2] * f
         real = images.signed(torch.from_numpy(encode.decoded(source, config, size).pixels[None]))
-        made = model.decode(latent.to(device)).clamp(-1, 1).cpu()
+        made = rebuilt(latents["latent"])
         pictures += [real[0], made[0]]
         if at in judged:
-            anew = model.decode(model.encode(real.to(device))[0]).clamp(-1, 1).cpu()
-            psnr, fresh = (float(metrics.psnr(each, real).clamp(max=BEST)) for each in (made, anew))
-            found.append(Decoded(source.key, round(psnr, 2), round(fresh, 2)))
+            found.append(_compared(source.key, real, made, rebuilt(model.encode(real.to(device))[0])))
+        if at in judged and mirrored:
+            real, made = real.flip(-1), rebuilt(latents[cache.MIRRORED])
+            found.append(_compared(source.key, real, made, rebuilt(model.encode(real.to(device))[0])))
     return found, torch.stack(_framed(pictures))
+
+
+def _compared(key: str, real: Tensor, made: Tensor, anew: Tensor) -> Decoded:
+    from calotype.model import metrics
+
+    psnr, fresh = (float(metrics.psnr(each, real).clamp(max=BEST)) for each in (made, anew))
+    return Decoded(key, round(psnr, 2), round(fresh, 2))
 
 
 def _chosen(shard: Shard, count: int) -> list[int]:

@@ -65,15 +65,20 @@ def keys_of(root: Store, source: Source) -> list[tuple[int, str]]:
             return list(enumerate(takedowns.keys_in(source.store, source.shard)))
         except DataError as error:
             why = error
-    best: tuple[Store, Shard] | None = None  # the one from which the least was taken so far
+    found: list[tuple[Store, Shard]] = []
     for encoding in root.folders("latents"):
         latents = root.at("latents", encoding)
         for key in [entry.key for entry in latents.list(source.sha256) if entry.key.endswith(".tar")]:
-            row = shards.existing_shard(latents, key)
-            if row is not None and (best is None or row.samples > best[1].samples):
-                best = latents, row
-    if best is not None:
-        return _keys_of_latents(*best)
+            try:
+                row = shards.existing_shard(latents, key)
+                found += [(latents, row)] if row is not None else []
+            except DataError as error:
+                why = error
+    for latents, row in sorted(found, key=lambda one: -one[1].samples):  # from which the least was taken so far
+        try:
+            return _keys_of_latents(latents, row)
+        except (DataError, Missing) as error:
+            why = DataError(str(error))
     if why is not None:
         raise why
     return []

@@ -57,6 +57,8 @@ class Survey:
         sources: those that have some.
         taken: what will have been taken down, of this list and before; `unmarked`: samples that were not yet.
         stale: E -> files of the latent shards that hold some; caches: those that name them.
+        unread: why keys of some source shards, and of all latents of these, could not be read: nobody knows whether the
+            list names samples of them.
     """
 
     keys: Collection[str]
@@ -66,6 +68,7 @@ class Survey:
     unmarked: int
     stale: Mapping[str, Sequence[Entry]]
     caches: Sequence[caches.Known]
+    unread: Sequence[str] = ()
 
     @property
     def unknown(self) -> int:
@@ -101,7 +104,7 @@ def survey(uri: str, keys: Collection[str]) -> Survey:
 
     Raises:
         CalotypeError: a job encodes a dataset that has some, just now.
-        DataError: a manifest, or the only copy of some keys, is damaged.
+        DataError: a manifest is damaged.
     """
     root = open_store(uri)
     sources, files = holders.sources(uri), holders.files_of(root)
@@ -109,11 +112,16 @@ def survey(uri: str, keys: Collection[str]) -> Survey:
         if re.fullmatch(r"[0-9a-f]{64}", source):
             sources.setdefault(source, holders.Source(source))
 
-    def found(source: holders.Source) -> list[str]:
-        return [key for _, key in holders.keys_of(root, source) if key in keys]
+    def found(source: holders.Source) -> list[str] | DataError:
+        try:
+            return [key for _, key in holders.keys_of(root, source) if key in keys]
+        except DataError as error:
+            return error
 
     every = list(sources.values())
-    hits = {source.sha256: some for source, some in zip(every, _each(found, every, "search")) if some}
+    searched = dict(zip(sources, _each(found, every, "search"), strict=True))
+    unread = [str(why) for why in searched.values() if isinstance(why, DataError)]
+    hits = {name: some for name, some in searched.items() if some and not isinstance(some, DataError)}
     taken = {name: set(marks) for name, marks in takedowns.everything(root).items()}
     marked = sum(map(len, taken.values()))
     for name, some in hits.items():
@@ -126,7 +134,7 @@ def survey(uri: str, keys: Collection[str]) -> Survey:
     _refuse_busy(uri, known, taken)
     named = [one for one in known if one.manifest is not None and holders.stale_rows(one.manifest, taken)]
     mine = {name: sources[name] for name in hits}
-    return Survey(keys, hits, mine, taken, unmarked, holders.stale_files(files, taken), named)
+    return Survey(keys, hits, mine, taken, unmarked, holders.stale_files(files, taken), named, unread)
 
 
 def _refuse_busy(uri: str, known: Iterable[caches.Known], taken: takedowns.Taken, then: str = "first") -> None:
