@@ -31,13 +31,13 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
         for _, result in spread.map(make, config, units, tally.in_hand):
             made.append(result)
             tally.add(result)
-            cache.leave_out(result, tally.lost, config)
+            cache.leave_out(result, tally.lost, config, record)
             progress.update(shards + len(made), leased=tally.leased, **{"images/s": tally.rate})
             if tally.due(len(units)):
                 tracker.log(tally.figures(len(units)), tally.seen)
             if result.grid is not None:
                 tracker.picture("reconstructions", result.grid, 0)
-    figures = cache.commit(config, made)
+    figures = cache.commit(config, made, record)
     if tally.encoded:
         figures["start_seconds"] = round(tally.began - began, 1)
     figures |= forecast.compared(config, figures, time.monotonic() - began)

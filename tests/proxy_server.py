@@ -171,6 +171,8 @@ class Connection:
             self.server.strike(kind)
             raise Reset
         self.server.light()
+        if request.says("expect", "100-continue") and response.status >= 400:  # its body was perhaps not sent
+            response = response.closing()
         time.sleep(max(0.0, due - time.monotonic()))
         self.free = time.monotonic()
         if response.says("transfer-encoding", "chunked"):  # listings: whole, so that all bodies are alike
@@ -178,9 +180,7 @@ class Connection:
             self.client.sock.sendall(response.raw + self.upstream.chunked())
         else:
             self.answer(request, response, kind, place)
-        if request.says("connection", "close") or response.says("connection", "close"):
-            return False
-        return not (request.says("expect", "100-continue") and response.status >= 400)  # its body was perhaps not sent
+        return not (request.says("connection", "close") or response.says("connection", "close"))
 
     def refuse(self, request: Head, kind: str, due: float) -> bool:
         """Answer in the server's place.  A client that waits for leave to send its body does not get it."""

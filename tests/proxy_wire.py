@@ -45,6 +45,12 @@ class Head:
         text = "The requested range is not satisfiable"
         return Head.error(416, "InvalidRange", text, f"Content-Range: bytes */{size}")
 
+    def closing(self) -> Head:
+        """The same, and it says that the connection ends: a client that is not told may ask once more on it."""
+        if self.says("connection", "close"):
+            return self
+        return Head(self.raw.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), self.body)
+
     @property
     def first(self) -> list[str]:
         """The words of the first line."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calotype import runs
 from calotype.config import Accept, Autoencoder, CacheLatents, Data
 from calotype.data import Sample, cache, filters, shards
 from calotype.data.manifest import DATASET, Manifest, load_dataset, publish_dataset
@@ -20,7 +21,8 @@ from calotype.environment import Worker
 from calotype.errors import DataError
 from calotype.tasks import accept
 from calotype.tasks import cache as task
-from calotype.tasks.made import recognised
+from calotype.tasks.encode import Lost
+from calotype.tasks.made import Made, recognised
 from diffusers import AutoencoderKL
 
 from tests.caches import autoencoder_folder, config_of, dataset, latents_of, run, sample
@@ -159,6 +161,10 @@ def test_broken_samples_are_left_out_by_name_within_the_budget(damaged: Callable
     assert lost[6]["reason"] == "has label 'cat', which is no class number"
     keys = [one.key for one in shards.iterate(latents_of(config), manifest.shards)]
     assert keys == [f"s{number:03d}" for number in range(24) if f"s{number:03d}" not in BAD]
+    record = runs.Record("cache_latents", "", "c", config.root, f"{config.root}/run")
+    task.commit(config, [], record)
+    listed = [json.loads(line) for line in record.artifacts.read("quarantined.jsonl").splitlines()]
+    assert listed == [{"name": f"{one['shard']}/{one['key']}", "reason": one["reason"]} for one in lost]
 
 
 def test_past_the_budget_nothing_is_committed_and_every_name_is_said(damaged: Callable[..., CacheLatents]) -> None:
@@ -170,6 +176,13 @@ def test_past_the_budget_nothing_is_committed_and_every_name_is_said(damaged: Ca
     with pytest.raises(DataError, match=r"more than data.error_budget=0: shards/0\.tar/s001: not a readable"):
         run(damaged(0))
     assert run(damaged(8))["samples_encoded"] == 0  # what was encoded stayed
+
+    record = runs.Record("cache_latents", "", "c", config.root, f"{config.root}/run")
+    shard = load_dataset(open_store(config.root).at("datasets", "toy")).shards[0]
+    one = Made(shard, shard, {}, "", [Lost(row, f"s{row:03d}", "broken") for row in range(9)])
+    with pytest.raises(DataError, match=r"9 samples of .*; all of them: .*/run/quarantined\.jsonl;"):
+        task.leave_out(one, [(shard, lost) for lost in one.lost], config, record)
+    assert len(record.artifacts.read("quarantined.jsonl").splitlines()) == 9  # and not only those that fit a sentence
 
 
 def test_what_was_left_out_is_found_again_when_its_maker_died(damaged: Callable[..., CacheLatents]) -> None:

@@ -175,18 +175,22 @@ def wrong(found: Mapping[str, Any], channels: int, accept: Accept) -> Iterator[s
         )
 
 
-def within_budget(lost: Sequence[tuple[Shard, Lost]], config: CacheLatents) -> None:
+def within_budget(lost: Sequence[tuple[Shard, Lost]], config: CacheLatents, listed: str = "") -> None:
     """
+    Args:
+        listed: URI of the list of all of them, where there is one.
+
     Raises:
         DataError: more samples have no latent than may be left out.
     """
     if len(lost) <= config.data.error_budget:
         return
     some = "; ".join(f"{shard.key}/{one.key}: {one.reason}" for shard, one in lost[:NAMED])
+    more = "; ..." if len(lost) > NAMED else ""
     raise DataError(
         f"{len(lost)} samples of dataset {config.data.name} could not be encoded, more than data.error_budget="
-        f"{config.data.error_budget}: {some}{'; ...' if len(lost) > NAMED else ''}; remove them, or raise the budget "
-        "and run again: what is encoded stays"
+        f"{config.data.error_budget}: {some}{more}{f'; all of them: {listed}' if listed else ''}; remove them, or "
+        "raise the budget and run again: what is encoded stays"
     )
 
 

@@ -7,6 +7,7 @@ What a shard's bytes are depends on the shard and the encoding alone; a shard th
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
@@ -36,6 +37,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 SHOWN = 8  # images whose reconstructions are drawn
+LEFT_OUT = "quarantined.jsonl"  # of the run: a line for each sample without a latent
 log = logging.getLogger(__name__)
 
 READERS = 64  # sidecars read at once when a cache is committed
@@ -254,8 +256,8 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterator[
 # -------------------------------------------------------------------------------------------------- at the end
 
 
-def leave_out(made: Made, lost: Sequence[tuple[Shard, Lost]], config: CacheLatents) -> None:
-    """Name the samples of a shard that have no latent.
+def leave_out(made: Made, lost: Sequence[tuple[Shard, Lost]], config: CacheLatents, record: runs.Record) -> None:
+    """Name the samples of a shard that have no latent: in the log, and in the run if they end it.
 
     Args:
         lost: these, and those of the shards before.
@@ -265,11 +267,26 @@ def leave_out(made: Made, lost: Sequence[tuple[Shard, Lost]], config: CacheLaten
     """
     for one in made.lost:
         log.warning("left out: %s/%s: %s", made.source.key, one.key, one.reason)
-    accept.within_budget(lost, config)
+    if len(lost) > config.data.error_budget:
+        _list_left_out(record, _named(lost))
+    accept.within_budget(lost, config, f"{record.artifacts.uri}/{LEFT_OUT}")
 
 
-def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
+def _named(lost: Iterable[tuple[Shard, Lost]]) -> list[dict[str, Any]]:
+    return [{"shard": source.key, **asdict(one)} for source, one in lost]
+
+
+def _list_left_out(record: runs.Record, lost: Sequence[Mapping[str, Any]]) -> None:
+    """All of them among the run's artifacts, where MLflow shows them."""
+    lines = (json.dumps({"name": f"{one['shard']}/{one['key']}", "reason": one["reason"]}) + "\n" for one in lost)
+    record.artifacts.write(LEFT_OUT, "".join(lines).encode())
+
+
+def commit(config: CacheLatents, results: Iterable[Made], record: runs.Record | None = None) -> dict[str, Any]:
     """Write the cache's manifest, once every source shard has its latents; the figures of the job.
+
+    Args:
+        record: the run, which gets a list of the samples that are left out.
 
     Raises:
         DataError: a latent shard is missing or has not the samples of its source; or the cache is not accepted.
@@ -284,6 +301,8 @@ def commit(config: CacheLatents, results: Iterable[Made]) -> dict[str, Any]:
         store = root.at("caches", identity)
         if not publish_cache(store, manifest):
             manifest = cache_manifest(store)
+    if record is not None and manifest.meta.get("quarantined"):
+        _list_left_out(record, manifest.meta["quarantined"])
     totals, accepted = manifest.totals().values(), manifest.meta.get("acceptance", {})
     tally = Tally(results)
     figures: dict[str, Any] = {
@@ -352,7 +371,7 @@ def _manifest(
         **merged,
         "devices": sorted({found.device for found in in_order}),
         "acceptance": report,
-        "quarantined": [{"shard": source.key, **asdict(one)} for source, one in lost]
+        "quarantined": _named(lost)
         + [one for s in dataset.shards for one in takedowns.left_out(store, s, taken.get(s.sha256, ()))],
     }
     return Manifest(CACHE, dataset.name, cache.members_of(encoding), tuple(rows), meta)
