@@ -1,7 +1,7 @@
 # Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
 # Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test slow lint bench-overhead bench-paper bench-stream bench-scale bench-cache bench-cache-scale peers chaos clean
+.PHONY: help install demo up down test slow lint bench-train bench-paper bench-stream bench-scale bench-cache bench-cache-scale peers chaos clean
 PY := .venv/bin/python
 
 help: ## this list
@@ -42,9 +42,9 @@ lint: install ## ruff and mypy --strict
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-bench-overhead: install ## step and start times against bare PyTorch and bare Ray Train
-	@$(PY) tests/bench/overhead.py
-	@$(PY) tests/bench/start.py
+bench-train: install ## steps and starts beside bare PyTorch, DeepSpeed and Ray Train; MLflow slow and down; caching against not
+	@$(PY) -m calotype up
+	@$(PY) tests/bench/train.py
 
 bench-paper: install ## latent against pixel space at equal compute, three seeds
 	@$(PY) tests/bench/paper.py

@@ -146,6 +146,8 @@ REFUSED = [
     ("train.lanes=300", "train.lanes=300 must be 0 to train.batch=256: lanes share its slots"),
     ("cluster.workers=257", "cluster.workers=257 is more than train.batch=256"),
     ("engine.precision=fp16", "engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16"),
+    ("engine.compile=fast", "engine.compile='fast' is not known: choose one of none"),
+    ("engine=zero3 engine.compile=default", "engine.compile=default with engine.stage=3, whose weights come and go"),
     (
         "train.flip=true",
         "train.flip=true needs latents of mirrored images: cache and train with encoding.mirrored=true",
@@ -306,6 +308,9 @@ def test_identity_is_what_changes_the_computation(job: str) -> None:
         ("engine=zero3", True),
         ("engine=torch", True),
         ("engine.micro_batch=4", True),
+        ("engine.compile=default", True),
+        ("engine.channels_last=true", True),
+        ("engine.tf32=true", False),
         ("track=none", True),
         ("root=/elsewhere", True),
         ("train.checkpoint_every=5", True),

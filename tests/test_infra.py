@@ -210,7 +210,7 @@ def test_a_credential_would_be_seen(bad: Any) -> None:
 
 def test_make_alone_prints_a_help_with_every_target() -> None:
     said = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "lint", "up", "down", "bench-overhead", "bench-paper"):
+    for target in ("demo", "test", "lint", "up", "down", "bench-train", "bench-paper"):
         assert re.search(rf"^  make {target} +\S", said, re.MULTILINE), said
 
 

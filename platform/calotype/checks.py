@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine.kind": ("deepspeed", "torch"),
     "engine.stage": (0, 1, 2, 3),
     "engine.precision": ("fp32", "bf16", "fp16"),
+    "engine.compile": ("none", "default", "reduce-overhead", "max-autotune"),
     "cluster.kind": ("ray", "local"),
     "track.kind": ("mlflow", "none"),
     "sampler.kind": ("ddim", "dpm++", "euler"),
@@ -249,6 +250,11 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
         )
     if config.engine.precision == "fp16" and cluster.kind == "ray" and not cluster.gpus:
         raise ConfigError("engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16 or fp32")
+    if config.engine.compile != "none" and config.engine.kind == "deepspeed" and config.engine.stage == 3:
+        raise ConfigError(
+            f"engine.compile={config.engine.compile} with engine.stage=3, whose weights come and go in every layer: "
+            "set engine.compile=none or a lower engine.stage"
+        )
     if train.flip and isinstance(config, TrainDenoiser) and not config.encoding.mirrored:
         raise ConfigError(
             "train.flip=true needs latents of mirrored images: cache and train with encoding.mirrored=true"

@@ -193,12 +193,22 @@ class Stream:
 
 @dataclass(frozen=True)
 class Engine:
-    """Who takes the optimizer step.  None of it is identity but precision: the losses are the same."""
+    """Who takes the optimizer step.  None of it is identity but precision and tf32: the losses are the same."""
 
     kind: str = setting("deepspeed", "deepspeed | torch (plain PyTorch, no DeepSpeed needed)", identity=False)
     stage: int = setting(0, "ZeRO stage: 0 none | 1 optimizer | 2 + gradients | 3 + weights", identity=False)
     precision: str = setting("fp32", "fp32 | bf16 | fp16: compute; master weights are fp32")
     micro_batch: int = setting(0, "images per forward on one worker; 0 = all of its share", identity=False)
+    tf32: bool = setting(False, "what computes in fp32 on a GPU does so in TF32: faster, with 10 bits of mantissa")
+    channels_last: bool = setting(
+        False, "convolutions in channels_last: faster in bf16 and fp16 on a GPU", identity=False
+    )
+    compile: str = setting(
+        "none",
+        "torch.compile: none | default | reduce-overhead (CUDA graphs) | max-autotune; kernels are kept in "
+        "TORCHINDUCTOR_CACHE_DIR",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.train.ema import decay
 from calotype.train.engine import Engine
+from calotype.train.kernels import said
 from torch import nn
 
 
@@ -142,6 +143,51 @@ def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
     assert seen[0] == torch.bfloat16
     assert losses == pytest.approx(bare(10)[0], rel=0.05)
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_channels_last_survives_every_stage(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3))
+        settings = config.Engine(kind=kind, stage=stage, channels_last=channels_last)
+        engine = Engine(module, config.Optim(), settings, Worker())
+        strides = []
+        module[3].register_forward_pre_hook(lambda _, args, seen=strides: seen.append(args[0].stride()))
+        for step in range(3):
+            out = engine(x)
+            engine.backward(out.square().mean())
+            engine.step(1e-2, 2 * step + 2, 2)
+        assert [stride[1] == 1 for stride in strides] == [channels_last] * 3
+        outputs.append(out.detach())
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)])
+def test_compiled_it_computes_the_same(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    settings = config.Engine(kind=kind, stage=stage, compile="default")
+    engine = Engine(net(), config.Optim(clip=0.5, weight_decay=0.01), settings, Worker(), 1, config.EMA(halflife=100))
+    calls = []
+    engine.module[0].register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    assert steps(engine, 0, 5) == pytest.approx(bare(5)[0], rel=1e-5)
+    assert calls == []  # the hook is part of the graph: Python does not come by here
+    with engine.averaged():
+        assert torch.isfinite(engine(torch.ones(1, 7))).all()
+
+
+def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "calotype.train.kernels")
+    Engine(net(), config.Optim(), config.Engine(kind="torch", precision="bf16", channels_last=True), Worker())
+    assert caplog.messages == [
+        "computes with bf16 on fp32 weights, attention of PyTorch, channels_last, not compiled, fused AdamW"
+    ]
+    words = said(config.Engine(tf32=True, compile="max-autotune"), cuda=True)
+    assert words.startswith("fp32, TF32 on, attention flash | memory-efficient")
+    assert "torch.compile max-autotune" in words
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])

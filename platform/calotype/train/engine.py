@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from calotype import config
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
+from calotype.train import kernels
 from calotype.train.ema import Average
 from calotype.train.plain import Piece, Plain, adamw, clip, named, whole
 
@@ -81,6 +82,7 @@ class Engine:
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         cast = Cast(module, DTYPES[engine.precision], worker.device)
+        kernels.choose(cast, engine, worker)
         join(worker, engine.kind)
         self._backend: Backend
         if engine.kind == "deepspeed":

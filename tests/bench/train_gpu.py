@@ -1,0 +1,168 @@
+"""Training the UNet of Stable Diffusion 2 on cached latents on one GPU: images per second and MFU, for train.py.
+
+    bare   its step on tensors that lie on the device: bf16, channels_last, fused AdamW with fp32 weights, an average
+    ours   the loop over a real cache of latents and 77 x 1024 embeddings; each eager and compiled
+
+Weights are random: they cost as much as any.  FLOPs of an image, forward and backward, as published for this UNet;
+the peak is an H100's (bf16, dense).  On a CPU (--device cpu) it is a small UNet in float32, to see that all of it runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from calotype import config
+from calotype.compose import compose
+from calotype.data import Dataset, Stream, cache, shards
+from calotype.data.manifest import CACHE, Manifest
+from calotype.data.store import open_store
+from calotype.environment import Worker
+from calotype.model import conditioner
+from calotype.model.denoiser import build_denoiser
+from calotype.model.diffusion import Diffusion
+from calotype.tasks import denoiser
+from calotype.train import loop
+from calotype.train.engine import Engine
+from torch import Tensor, nn
+
+from tests.caches import text_folder
+
+TFLOP = {256: 0.539, 512: 2.409}
+PEAK = 989.4  # TF/s
+TOKENS, WIDTH, SAMPLES = 77, 1024, 256
+WARM = 5
+SD2 = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": [5, 10, 20, 20], "layers_per_block": 2,
+       "use_linear_projection": True, "norm_num_groups": 32}  # fmt: skip
+SMALL = {"block_out_channels": [16, 32], "attention_head_dim": 2, "layers_per_block": 1, "norm_num_groups": 8,
+         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}  # fmt: skip
+
+
+def settings_of(folder: str, edge: int, device: str, batch: int, steps: int, compiled: str) -> config.TrainDenoiser:
+    words = ["autoencoder.path=x", "autoencoder.f=8", "conditions=text_frozen", f"conditions.text.path={folder}/text",
+             f"conditions.text.length={TOKENS}", "track=none", "cluster=local", f"train.batch={batch}",
+             f"encoding.resolution={edge}", f"train.images={steps * batch}"]  # fmt: skip
+    settings = compose("train_denoiser", words)
+    cuda = device.startswith("cuda")
+    model = {"_target_": "diffusers.UNet2DConditionModel", **(SD2 if cuda else SMALL)}
+    precision = "bf16" if cuda else "fp32"
+    engine = config.Engine(kind="torch", precision=precision, channels_last=cuda, compile=compiled)
+    train = replace(settings.train, log_every=10**12, validate_every=0, sample_every=0, checkpoint_every=10**12)
+    return replace(settings, denoiser=config.Denoiser(model=model), engine=engine, train=train)
+
+
+def latents(folder: str, edge: int) -> Manifest:
+    random = np.random.default_rng(0)
+    shape, samples = (4, edge // 8, edge // 8), []
+    for index in range(SAMPLES):
+        latent = random.standard_normal((2, *shape)).astype(np.float16)
+        text = random.standard_normal((TOKENS, WIDTH)).astype(np.float16)
+        about = {"width": edge, "height": edge}
+        samples.append(cache.encode_sample(shards.Sample(f"{index:05d}", {}), latent, {"text": text}, about))
+    row = shards.write_shard(open_store(folder), f"latents-{edge}.tar", samples, 64)
+    meta = {"channel_mean": [0.0] * 4, "channel_std": [1.0] * 4, "shape": list(shape)}
+    return Manifest(CACHE, "bench", ("latent.npy", "text.npy", "json"), (row,), meta)
+
+
+class Stopwatch:
+    """Seconds of the steps after the first WARM ones."""
+
+    def __init__(self, device: str) -> None:
+        self.wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        self.steps, self.began = -WARM, 0.0
+
+    def step(self) -> None:
+        if self.steps == 0:
+            self.wait()
+            self.began = time.perf_counter()
+        self.steps += 1
+
+    def rate(self, batch: int) -> float:
+        self.wait()
+        return self.steps * batch / (time.perf_counter() - self.began)
+
+
+def ours(settings: config.TrainDenoiser, folder: str, manifest: Manifest, device: str) -> float:
+    torch.manual_seed(0)
+    model, worker = build_denoiser(settings, tuple(manifest.meta["shape"])), Worker(device=device, threads=8)
+    engine = Engine(model, settings.optim, settings.engine, worker, 1, settings.ema)
+    rows, diffusion = (
+        denoiser.Rows(settings, manifest, conditioner.empty(settings.conditions)),
+        Diffusion(settings.diffusion),
+    )
+    watch = Stopwatch(device)
+
+    def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        watch.step()
+        return {denoiser.NAME: denoiser.losses(engine, diffusion, part)}
+
+    stream = Stream(Dataset(open_store(folder), manifest.shards), seed=0, batch=settings.train.batch, lanes=8,
+                    arrays=("latent", "text"))  # fmt: skip
+    task = loop.Task({denoiser.NAME: engine}, stream.seek, lambda s: rows.of(s.arrays, s.positions.tolist()), step)
+    loop.run(task, settings, worker)
+    return watch.rate(settings.train.batch)
+
+
+def bare(settings: config.TrainDenoiser, shape: tuple[int, int, int], device: str) -> float:
+    torch.manual_seed(0)
+    batch, cuda = settings.train.batch, device.startswith("cuda")
+    model = build_denoiser(settings, shape).to(device)
+    model = model.to(memory_format=torch.channels_last) if cuda else model
+    if settings.engine.compile != "none":
+        model.compile(mode=settings.engine.compile)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    mean = [parameter.detach().clone() for parameter in parameters]
+    diffusion = Diffusion(settings.diffusion)
+    z, noise = torch.randn(2, batch, *shape, device=device)
+    t = torch.randint(settings.diffusion.timesteps, (batch,), device=device)
+    text = torch.randn(batch, TOKENS, WIDTH, device=device)
+    watch = Stopwatch(device)
+    for _ in range(settings.train.images // batch):
+        watch.step()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
+            noisy = diffusion.add_noise(z, noise, t)
+            noisy = noisy.contiguous(memory_format=torch.channels_last) if cuda else noisy
+            made = model(noisy, t, {"text": text})
+        (made - diffusion.target(z, noise, t)).square().mean().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(mean, [parameter.detach() for parameter in parameters], 1e-3)
+    return watch.rate(batch)
+
+
+def main(edges: list[int], device: str, batch: int, steps: int) -> None:
+    cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else "CPU, a small UNet"
+    print(f"{name}, batch {batch}, torch {torch.__version__}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        text_folder(Path(folder, "text"), width=WIDTH)
+        for edge in edges:
+            manifest = latents(folder, edge)
+            for compiled in ("none", "default"):
+                settings = settings_of(folder, edge, device, batch, steps, compiled)
+                rates: dict[str, Any] = {"bare": bare(settings, tuple(manifest.meta["shape"]), device)}
+                _free(cuda)
+                rates["ours"] = ours(settings, folder, manifest, device)
+                _free(cuda)
+                for who, rate in rates.items():
+                    mfu = f"  MFU {100 * rate * TFLOP[edge] / PEAK:.1f} %" if cuda and edge in TFLOP else ""
+                    how = "eager" if compiled == "none" else "compiled"
+                    print(f"{edge} px {how:<9}{who:<5}{rate:8.1f} images/s{mfu}", flush=True)
+                print(f"{edge} px {how:<9}ours / bare {rates['ours'] / rates['bare']:.3f}", flush=True)
+
+
+def _free(cuda: bool) -> None:
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
