@@ -1,7 +1,7 @@
 # Every target makes its own `.venv` first; all paths are relative, so that the checkout may lie anywhere (spaces too).
 # Programs are started as `python -m`: the first line of a console script cannot hold a long path or a space.
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test slow lint bench-train bench-paper bench-stream bench-scale bench-cache bench-cache-scale peers chaos clean
+.PHONY: help install demo up down test slow lint bench-train bench-paper bench-stream bench-scale bench-cache bench-cache-scale peers chaos soak clean
 PY := .venv/bin/python
 
 help: ## this list
@@ -28,7 +28,7 @@ down: install ## stop it; what it stored stays
 
 # Two processes, each with a stack of its own; a file's tests share fixtures, so they stay together, in this order.
 test: lint ## lint and every test but those marked slow or chaos
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not chaos"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not chaos and not soak"
 
 slow: install ## what takes minutes: engines compared over 200 steps, the demo, whole
 	@CALOTYPE_TEST_STEPS=200 $(PY) -m pytest tests/tasks/test_denoiser.py
@@ -36,6 +36,9 @@ slow: install ## what takes minutes: engines compared over 200 steps, the demo, 
 
 chaos: install ## the tests that kill and cut
 	@$(PY) -m pytest -m chaos
+
+soak: install ## a training of a quarter of an hour with a kill every minute: goodput against what restarts allow
+	@$(PY) -m pytest -s -m soak
 
 lint: install ## ruff and mypy --strict
 	@$(PY) -m ruff check .
