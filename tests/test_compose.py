@@ -170,6 +170,24 @@ REFUSED = [
     ("denoiser.model._target_=diffusersx.evil", "denoiser.model._target_='diffusersx.evil' is not allowed"),
     ("+denoiser.model._partial_=true", "denoiser.model._partial_ is not used here"),
     ("+conditions.text.encoder.config._args_=[1]", "conditions.text.encoder.config._args_ is not used here"),
+    (
+        "diffusion.prediction=v",
+        "diffusion.prediction='v' is not known: choose one of epsilon, v_prediction, sample, flow_",
+    ),
+    ("diffusion.timestep_sampling=cosmap", "diffusion.timestep_sampling='cosmap' is not known"),
+    ("diffusion.min_snr_gamma=-1", "diffusion.min_snr_gamma=-1.0 is out of range"),
+    (
+        "diffusion=epsilon diffusion.zero_snr=true",
+        "diffusion.zero_snr=true with diffusion.prediction=epsilon: where no",
+    ),
+    ("diffusion.zero_snr=true diffusion.min_snr_gamma=5", "diffusion.min_snr_gamma=5 with diffusion.zero_snr=true"),
+    ("diffusion.shift=3", "diffusion.shift=3.0 means nothing with diffusion.prediction=v_prediction and"),
+    ("diffusion.logit_mean=1", "diffusion.logit_mean=1.0 means nothing with"),
+    (
+        "diffusion=flow diffusion.schedule=linear",
+        "diffusion.schedule=linear means nothing with diffusion.prediction=flow_",
+    ),
+    ("diffusion=flow diffusion.zero_snr=true", "diffusion.zero_snr=True means nothing with diffusion.prediction=flow_"),
     ("name=cats/v2", "name='cats/v2'"),
     ("name=..", "name='..'"),
     ("cluster=local cluster.workers=2", "cluster.workers=2 with cluster=local"),
@@ -178,7 +196,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("override", "sentence"), REFUSED)
 def test_refusals_are_one_sentence_that_names_the_setting(override: str, sentence: str) -> None:
-    words = override.split(" ") if override.startswith("cluster=") else [override]
+    words = override.split(" ") if override.startswith(("cluster=", "diffusion")) else [override]
     with pytest.raises(ConfigError) as said:
         compose("train_denoiser", *LEAST["train_denoiser"], *words)
     text = str(said.value)

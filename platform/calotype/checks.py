@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from calotype.config import Autoencoder, CacheLatents, Condition, Encoding, Prepare, TrainAutoencoder, TrainDenoiser
+from calotype.config import (
+    Autoencoder,
+    CacheLatents,
+    Condition,
+    Diffusion,
+    Encoding,
+    Prepare,
+    TrainAutoencoder,
+    TrainDenoiser,
+)
 from calotype.errors import ConfigError
 
 # Code that a config may name with `_target_`.  Everything else is refused before anything is imported.
@@ -23,8 +32,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "conditions.*.kind": ("cross", "class"),
     "conditions.*.source": ("text", "label"),
     "conditions.*.mode": ("tokens", "full", "masked"),
-    "diffusion.prediction": ("epsilon", "v_prediction"),
+    "diffusion.prediction": ("epsilon", "v_prediction", "sample", "flow_prediction"),
     "diffusion.schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "diffusion.timestep_sampling": ("uniform", "logit_normal"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "stream.on_error": ("strict", "quarantine"),
     "engine.kind": ("deepspeed", "torch"),
@@ -57,6 +67,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "conditions.*.drop": (0, 1),
     "conditions.*.length": (1, 4096),
     "diffusion.timesteps": (1, 1e6),
+    "diffusion.logit_mean": (-10, 10),
+    "diffusion.logit_std": (0.01, 10),
+    "diffusion.shift": (0.01, 100),
+    "diffusion.min_snr_gamma": (0, 1e6),
     "optim.lr": (0, 1e3),
     "optim.clip": (0, 1e9),
     "ema.halflife": (0, 1e12),
@@ -120,6 +134,7 @@ def check(config: Any) -> None:
         raise ConfigError("data.filter and data.takedown choose what is trained on: leave them out of this job")
     if isinstance(config, TrainDenoiser):
         check_denoiser(config)
+        check_diffusion(config.diffusion)
     if isinstance(config, TrainAutoencoder | TrainDenoiser):
         _check_train(config)
     if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
@@ -188,6 +203,34 @@ def check_denoiser(config: TrainDenoiser) -> None:
             f"encoding.bucket_step={config.encoding.bucket_step} makes latents that cannot be halved {len(blocks) - 1} "
             f"times: cache with a multiple of {step}, or use fewer denoiser.model.block_out_channels"
         )
+
+
+def check_diffusion(diffusion: Diffusion) -> None:
+    """Refuse an objective that is undefined somewhere, and settings that the chosen one never reads."""
+    prediction, bare = diffusion.prediction, Diffusion()
+    flow = prediction == "flow_prediction"
+    if diffusion.zero_snr and prediction == "epsilon":
+        raise ConfigError(
+            "diffusion.zero_snr=true with diffusion.prediction=epsilon: where no signal is left the noise says nothing "
+            "of the image; set diffusion.prediction=v_prediction or sample"
+        )
+    if diffusion.zero_snr and diffusion.min_snr_gamma and not flow:
+        raise ConfigError(
+            f"diffusion.min_snr_gamma={diffusion.min_snr_gamma:g} with diffusion.zero_snr=true: the weight of the last "
+            "timestep, where sampling begins, would be 0, so that it is never trained; leave one of them out"
+        )
+    unread = {
+        "shift": not flow,
+        "logit_mean": diffusion.timestep_sampling != "logit_normal",
+        "logit_std": diffusion.timestep_sampling != "logit_normal",
+    }
+    unread |= dict.fromkeys(("zero_snr", "schedule", "beta_start", "beta_end"), flow)
+    for name, never in unread.items():
+        if never and (value := getattr(diffusion, name)) != getattr(bare, name):
+            raise ConfigError(
+                f"diffusion.{name}={value} means nothing with diffusion.prediction={prediction} and "
+                f"diffusion.timestep_sampling={diffusion.timestep_sampling}: leave it out"
+            )
 
 
 def _check_autoencoder(autoencoder: Autoencoder, resolution: int, name: str) -> None:

@@ -121,7 +121,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The network that predicts noise or velocity; sizes left out of `model` follow from latents and conditions."""
+    """The network that is trained; sizes left out of `model` follow from latents and conditions."""
 
     model: dict[str, Any] = setting({}, "`_target_` and arguments of the diffusers denoiser")
     init_from: str = setting("", "start from weights: run:NAME or a diffusers folder", identity=False)
@@ -132,11 +132,27 @@ class Denoiser:
 class Diffusion:
     """Forward process and objective, in diffusers' words."""
 
-    prediction: str = setting("epsilon", "epsilon (Ho et al. 2020) | v_prediction (Salimans & Ho 2022)")
+    prediction: str = setting(
+        "epsilon",
+        "epsilon (Ho et al. 2020) | v_prediction (Salimans & Ho 2022) | sample (the latent itself) | "
+        "flow_prediction (flow matching along straight lines, Liu et al. 2023)",
+    )
     schedule: str = setting("scaled_linear", "betas: linear | scaled_linear | squaredcos_cap_v2")
     timesteps: int = setting(1000, "length T of the forward process")
     beta_start: float = setting(0.00085, "first beta (linear schedules)")
     beta_end: float = setting(0.012, "last beta (linear schedules)")
+    zero_snr: bool = setting(
+        False, "rescale the betas so that the last timestep is pure noise (Lin et al. 2024, algorithm 1)"
+    )
+    timestep_sampling: str = setting("uniform", "of training: uniform | logit_normal (Esser et al. 2024, eq. 19)")
+    logit_mean: float = setting(0.0, "logit_normal: above 0 more noise is seen, below 0 less")
+    logit_std: float = setting(1.0, "logit_normal: how wide")
+    shift: float = setting(
+        1.0, "flow_prediction: t => shift t / (1 + (shift - 1) t): more noise for larger images (ibid., eq. 23)"
+    )
+    min_snr_gamma: float = setting(
+        0.0, "clip the loss weights at this signal-to-noise ratio, 5 in the paper; 0 for no weights (Hang et al. 2023)"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,13 +47,15 @@ UNET = {
 }
 
 
-def job(prediction: str = "epsilon", **changes: object) -> config.TrainDenoiser:
+def job(diffusion: str | dict[str, object] = "epsilon", **changes: object) -> config.TrainDenoiser:
+    """`diffusion`: its settings, or the prediction alone."""
+    objective: Any = diffusion if isinstance(diffusion, dict) else {"prediction": diffusion}
     made = config.TrainDenoiser(
         name="x",
         data=config.Data(name="d"),
         conditions={"text": TEXT},
         denoiser=config.Denoiser(model=UNET),
-        diffusion=config.Diffusion(prediction=prediction),
+        diffusion=config.Diffusion(**objective),
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
@@ -87,13 +90,17 @@ def test_folding_moves_the_whitening_into_the_autoencoder(quant: bool) -> None:
     assert white.model.config.scaling_factor == 1
 
 
-@pytest.mark.parametrize(("kind", "prediction"), [("ddim", "epsilon"), ("dpm++", "v_prediction"), ("euler", "epsilon"),
-                                                  ("ddim", "v_prediction"), ("euler", "v_prediction")])  # fmt: skip
-def test_plain_pipeline_draws_the_same_images(tmp_path: Path, kind: str, prediction: str) -> None:
+@pytest.mark.parametrize(("kind", "diffusion"), [
+    ("ddim", "epsilon"), ("dpm++", "v_prediction"), ("euler", "epsilon"), ("ddim", "v_prediction"),
+    ("euler", {"prediction": "v_prediction", "zero_snr": True}),
+    ("ddim", {"prediction": "sample", "zero_snr": True}),
+    ("dpm++", {"prediction": "flow_prediction", "shift": 2.0}),
+])  # fmt: skip
+def test_plain_pipeline_draws_the_same_images(tmp_path: Path, kind: str, diffusion: Any) -> None:
     from diffusers import StableDiffusionPipeline
 
     torch.manual_seed(1)
-    settings, ours = job(prediction), autoencoder()
+    settings, ours = job(diffusion), autoencoder()
     denoiser = build_denoiser(settings, (4, 8, 8)).eval()
     export(tmp_path, denoiser, ours, settings, MEAN, STD, kind)
     drawn = sample(denoiser, Diffusion(settings.diffusion), config.Sampler(kind=kind, steps=4, guidance=3.0),
@@ -107,6 +114,22 @@ def test_plain_pipeline_draws_the_same_images(tmp_path: Path, kind: str, predict
                    height=32, width=32, output_type="np").images  # fmt: skip
     assert np.ptp(got) > 0.05, "flat images would agree whatever the sampler does"
     assert np.abs(got - expected.permute(0, 2, 3, 1).numpy()).max() < 2e-4
+
+
+def test_the_scheduler_of_the_folder_knows_the_objective(tmp_path: Path) -> None:
+    settings = job({"prediction": "v_prediction", "zero_snr": True})
+    denoiser = build_denoiser(settings, (4, 8, 8))
+    export(tmp_path / "v", denoiser, autoencoder(), settings, MEAN, STD)
+    told = json.loads((tmp_path / "v" / "scheduler" / "scheduler_config.json").read_text())
+    wanted = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert wanted.items() <= told.items()
+    flow = job({"prediction": "flow_prediction", "shift": 3.0})
+    export(tmp_path / "flow", denoiser, autoencoder(), flow, MEAN, STD)
+    told = json.loads((tmp_path / "flow" / "scheduler" / "scheduler_config.json").read_text())
+    assert {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}.items() <= told.items()
+    with pytest.raises(ConfigError, match=r"diffusion\.prediction=flow_prediction .* sampler euler"):
+        export(tmp_path / "other", denoiser, autoencoder(), flow, MEAN, STD, "euler")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_folder_needs_no_calotype(tmp_path: Path) -> None:

@@ -316,6 +316,86 @@ def test_conditions_are_dropped_as_often_as_asked(root: str) -> None:
     assert not (kept["cond.text"] == empty["text"]).all(1).any()
 
 
+LABEL = C.Condition(kind="class", source="label", classes=3, drop=0.5)
+
+
+@pytest.fixture(scope="module")
+def both(root: str) -> Callable[..., C.TrainDenoiser]:
+    """Settings of a model of a text and a class, on a cache that holds both."""
+    shared = common(root)
+    conditions = {**shared["conditions"], "label": LABEL}
+    made = cache_task.resolve(C.CacheLatents(**{**shared, "conditions": conditions}, accept=C.Accept(psnr=0)))
+    encode = cache_task.make(made, Worker())
+    cache_task.commit(made, [encode(unit) for unit in cache_task.plan(made)])
+
+    def settings_of(**changes: Any) -> C.TrainDenoiser:
+        return dataclasses.replace(settings(root), conditions=made.conditions, **changes)
+
+    return settings_of
+
+
+def rows_of(config: C.TrainDenoiser, count: int) -> dict[str, torch.Tensor]:
+    """One sample at the positions 0 .. count-1."""
+    from calotype.model import conditioner
+
+    store = open_store(config.root)
+    manifest = cache.load_cache(store, config)
+    latents = store.at("latents", cache.encoding_id(manifest.meta["encoding"]))
+    sample = next(shards.iterate(latents, manifest.split("train")))
+    rows = denoiser.Rows(config, manifest, conditioner.empty(config.conditions))
+    return rows.of(cache.stacked([sample] * count, list(config.conditions)), list(range(count)))
+
+
+def test_each_condition_is_dropped_by_a_chance_of_its_own(both: Callable[..., C.TrainDenoiser]) -> None:
+    from calotype.model import conditioner
+
+    config = both()
+    rows, empty = rows_of(config, 2000), conditioner.empty(config.conditions)
+    text, label = (rows["cond.text"] == empty["text"]).all(1), rows["cond.label"] == empty["label"]
+    for share, expected in ((text, 0.2), (label, 0.5), (text & label, 0.1), (~text & ~label, 0.4)):
+        assert abs(float(share.float().mean()) - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
+    turned = dataclasses.replace(config, conditions=dict(reversed(config.conditions.items())))
+    assert all(torch.equal(rows[name], value) for name, value in rows_of(turned, 2000).items())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"prediction": "epsilon", "min_snr_gamma": 5.0},
+        {"prediction": "sample", "zero_snr": True},
+        {"prediction": "v_prediction", "zero_snr": True, "timestep_sampling": "logit_normal"},
+        {"prediction": "flow_prediction", "timestep_sampling": "logit_normal", "shift": 2.0, "min_snr_gamma": 5.0},
+    ],
+    ids=str,
+)
+def test_every_objective_trains_validates_and_draws_by_text_and_class(
+    both: Callable[..., C.TrainDenoiser], objective: dict[str, Any]
+) -> None:
+    train = C.Train(images=4 * BATCH, batch=BATCH, window=8, log_every=BATCH, validate_every=4 * BATCH,
+                    sample_every=4 * BATCH)  # fmt: skip
+    prompts = [{"text": "a dot 1", "label": 1}, {"text": "a dot 2", "label": 2}]
+    config = both(diffusion=C.Diffusion(**objective), train=train, prompts=prompts)
+    figures = denoiser.train(config, Worker())
+    assert figures["images"] == 4 * BATCH
+    assert np.isfinite([figures["loss"], figures["validation_loss"]]).all()
+
+
+def test_losses_are_weighted_where_asked(both: Callable[..., C.TrainDenoiser]) -> None:
+    """Of a denoiser that says 0 the loss is the mean square of the target, min(SNR, gamma) / SNR times of the noise."""
+    from calotype.model.diffusion import Diffusion
+
+    rows = rows_of(both(), 50)
+    plain, weighted = (
+        denoiser.losses(lambda x, t, cond: 0 * x, Diffusion(C.Diffusion(min_snr_gamma=gamma)), rows)  # type: ignore[arg-type]
+        for gamma in (0.0, 5.0)
+    )
+    torch.testing.assert_close(plain, rows["noise"].square().mean((1, 2, 3)))
+    a = Diffusion(C.Diffusion()).alphas_cumprod[rows["timestep"]].double()
+    snr = a / (1 - a)
+    torch.testing.assert_close(weighted, (plain * snr.clamp(max=5) / snr).float(), rtol=1e-3, atol=0)
+    assert 5 < int((snr > 5).sum()) < 45
+
+
 def test_accumulation_does_not_change_losses(done: Runs, root: str) -> None:
     done.spawn(1, [{"name": "micro", "micro_batch": 3, "images": 10 * BATCH}])
     assert close(done.losses("micro"), done.losses("torch"), range(1, 11)) < 1e-5

@@ -16,7 +16,7 @@ from calotype.model.folders import opened, weight_files
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise or the velocity (Rombach et al. 2022, section 3.3).
+    """Predicts what `diffusion.prediction` says, of a noisy latent (Rombach et al. 2022, section 3.3).
 
     One forward from plain tensors to a plain tensor: DDP, ZeRO-3 and torch.compile see all that is trained.
     """

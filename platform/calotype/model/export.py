@@ -19,6 +19,7 @@ from calotype.errors import ConfigError
 from calotype.model.autoencoder import Autoencoder
 from calotype.model.conditioner import is_clip, load_text_encoder, load_tokenizer
 from calotype.model.denoiser import Denoiser
+from calotype.model.diffusion import FLOW
 from calotype.model.digests import SMALL
 from calotype.model.sampler import scheduler
 
@@ -30,7 +31,7 @@ def export(
     settings: config.TrainDenoiser,
     channel_mean: Sequence[float],
     channel_std: Sequence[float],
-    sampler: str = "ddim",
+    sampler: str = "",
 ) -> None:
     """Write what `diffusers.StableDiffusionPipeline.from_pretrained(folder)` loads.
 
@@ -41,14 +42,15 @@ def export(
         denoiser: with the weights to export.
         settings: the job that trained it.
         channel_mean, channel_std: of the cache: model latent = (raw - mean) / std.
-        sampler: the scheduler that the folder starts with.
+        sampler: the scheduler that the folder starts with: ddim, or dpm++ for flow matching, if empty.
 
     Raises:
         ConfigError: what that pipeline cannot do, by name.
     """
     from diffusers import StableDiffusionPipeline
 
-    check_exportable(settings)
+    sampler = sampler or ("dpm++" if settings.diffusion.prediction == FLOW else "ddim")
+    check_exportable(settings, sampler)
     (name, condition) = next(iter(settings.conditions.items()))
     if condition.mode != "tokens":
         encoder = load_text_encoder(condition.path)
@@ -76,12 +78,18 @@ def export(
             (folder / "tokenizer" / file).write_bytes((SMALL / file).read_bytes())
 
 
-def check_exportable(settings: config.TrainDenoiser) -> None:
+def check_exportable(settings: config.TrainDenoiser, sampler: str = "") -> None:
     """Refuse, by name, what StableDiffusionPipeline has no place for.
 
     Raises:
-        ConfigError: pixel space, class labels, masked text, no condition, several conditions.
+        ConfigError: pixel space, class labels, masked text, no condition, several conditions, flow matching with a
+            scheduler that it cannot use.
     """
+    if settings.diffusion.prediction == FLOW and sampler not in ("", "dpm++"):
+        raise ConfigError(
+            f"diffusion.prediction={FLOW} cannot be exported with the sampler {sampler}: StableDiffusionPipeline "
+            "samples flow matching with dpm++ only"
+        )
     if settings.autoencoder.kind == "identity":
         raise ConfigError(
             "autoencoder.kind=identity cannot be exported: StableDiffusionPipeline needs an autoencoder, "

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from calotype import config
 from calotype.errors import ConfigError
-from calotype.model.diffusion import Diffusion
+from calotype.model.diffusion import FLOW, Diffusion
 
 Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # (x, t, cond) -> prediction, as Denoiser.forward
 
@@ -18,10 +19,13 @@ Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # (x, t, con
 def scheduler(diffusion: config.Diffusion, kind: str) -> Any:
     """The diffusers scheduler `kind` (ddim | dpm++ | euler) for a forward process.
 
-    Timesteps are spaced `trailing`: sampling starts where the noise is purest (Lin et al. 2024, table 2).
+    Timesteps are spaced `trailing`: sampling starts where the noise is purest (Lin et al. 2024, table 2).  Along the
+    straight lines of flow matching DDIM's step is Euler's.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
+    if diffusion.prediction == FLOW:
+        return _flow_scheduler(diffusion, kind)
     common: dict[str, Any] = {
         "num_train_timesteps": diffusion.timesteps,
         "beta_schedule": diffusion.schedule,
@@ -29,16 +33,44 @@ def scheduler(diffusion: config.Diffusion, kind: str) -> Any:
         "beta_end": diffusion.beta_end,
         "prediction_type": diffusion.prediction,
         "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": diffusion.zero_snr,
         "steps_offset": 1,  # trailing does not use it, but StableDiffusionPipeline rewrites configs that lack it
     }
     if kind == "ddim":
         return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
     if kind == "dpm++":
-        # cosine schedules end with so little signal that the solver's logarithms fail (diffusers' advice)
-        clipped = {"lambda_min_clipped": -5.1} if diffusion.schedule == "squaredcos_cap_v2" else {}
+        # cosine schedules end with so little signal that the solver's logarithms fail (diffusers' advice); but a model
+        # of zero_snr must begin at its end, and its predictions are not divided by the signal
+        cosine = diffusion.schedule == "squaredcos_cap_v2" and not diffusion.zero_snr
+        clipped = {"lambda_min_clipped": -5.1} if cosine else {}
         return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, **clipped)
     assert kind == "euler", kind
     return EulerDiscreteScheduler(**common)
+
+
+def _flow_scheduler(diffusion: config.Diffusion, kind: str) -> Any:
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    if kind != "dpm++":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=diffusion.timesteps, shift=diffusion.shift)
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=diffusion.timesteps,
+        prediction_type=diffusion.prediction,
+        use_flow_sigmas=True,
+        flow_shift=diffusion.shift,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        steps_offset=1,
+    )
+
+
+def set_timesteps(steps: Any, count: int, device: torch.device | str = "cpu") -> None:
+    """Choose the `count` timesteps of a scheduler of `scheduler`."""
+    if type(steps).__name__ == "FlowMatchEulerDiscreteScheduler":
+        # of itself it would spend its last evaluation on what lies below t = 1 / T
+        steps.set_timesteps(sigmas=np.linspace(1, 1 / count, count), device=device)
+    else:
+        steps.set_timesteps(count, device=device)
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -96,10 +128,13 @@ def _reverse(
     guided = settings.guidance != 1 and bool(cond)
     if guided:  # one call for both halves: fewer, larger kernels
         cond = {name: torch.cat([empty[name].to(value).expand_as(value), value]) for name, value in cond.items()}
-    steps.set_timesteps(settings.steps, device=noise.device)
-    x = noise * steps.init_noise_sigma
+    set_timesteps(steps, settings.steps, noise.device)
+    scaled = hasattr(steps, "scale_model_input")  # flow matching's own scheduler scales nothing
+    x = noise * steps.init_noise_sigma if scaled else noise
     for t in steps.timesteps:
-        seen = steps.scale_model_input(torch.cat([x, x]) if guided else x, t)
+        seen = torch.cat([x, x]) if guided else x
+        if scaled:
+            seen = steps.scale_model_input(seen, t)
         prediction = model(seen, t.expand(len(seen)), cond)
         if guided:  # Ho & Salimans 2022, eq. 6, as diffusers writes it
             without, wanted = prediction.chunk(2)

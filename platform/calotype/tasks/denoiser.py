@@ -178,7 +178,7 @@ def losses(engine: Engine, diffusion: Any, part: Mapping[str, Tensor]) -> Tensor
     target = diffusion.target(part["latent"], part["noise"], part["timestep"])
     cond = {name.removeprefix("cond."): value for name, value in part.items() if name.startswith("cond.")}
     loss: Tensor = diffusion.loss(engine(noisy, part["timestep"], cond), target)
-    return loss
+    return loss * diffusion.weight(part["timestep"]) if diffusion.settings.min_snr_gamma else loss
 
 
 class Rows:
@@ -191,7 +191,8 @@ class Rows:
         self.config, self.empty = config, dict(empty)
         self.mean, self.std = manifest.meta["channel_mean"], manifest.meta["channel_std"]
         self.shapes = [tuple(shape) for shape in manifest.meta.get("buckets", [manifest.meta["shape"]])]
-        self.drops = {name: condition.drop for name, condition in config.conditions.items()}
+        # sorted: the order in which conditions are written down is not part of what a run is
+        self.drops = {name: config.conditions[name].drop for name in sorted(config.conditions)}
 
     def of(
         self, stored: Mapping[str, np.ndarray[Any, Any]], positions: list[int], drop: bool = True
@@ -227,13 +228,14 @@ class Rows:
 
         return bool(philox(self.config.seed, position, Purpose.FLIP).random() < 0.5)
 
-    def _draws(self, position: int, shape: tuple[int, ...]) -> tuple[Any, Any, int, dict[str, bool]]:
+    def _draws(self, position: int, shape: tuple[int, ...]) -> tuple[Any, Any, int | float, dict[str, bool]]:
         from calotype.data.draws import Purpose, philox
+        from calotype.model.diffusion import draw_timestep
 
         seed = self.config.seed
         posterior = philox(seed, position, Purpose.POSTERIOR).standard_normal(shape, dtype=np.float32)
         noise = philox(seed, position, Purpose.NOISE).standard_normal(shape, dtype=np.float32)
-        timestep = int(philox(seed, position, Purpose.TIMESTEP).integers(self.config.diffusion.timesteps))
+        timestep = draw_timestep(self.config.diffusion, philox(seed, position, Purpose.TIMESTEP))
         chances = philox(seed, position, Purpose.DROP).random(len(self.drops))
         dropped = {name: bool(u < p) for (name, p), u in zip(self.drops.items(), chances, strict=True)}
         return posterior, noise, timestep, dropped
