@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from calotype.config import (
+    EMA,
     Autoencoder,
     CacheLatents,
     Condition,
@@ -80,6 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.log_every": (1, 1e15),
     "train.checkpoint_every": (1, 1e15),
     "train.keep": (1, 1e6),
+    "train.keep_every": (0, 1e15),
     "stream.memory_mb": (0, 1e7),
     "stream.readers": (1, 256),
     "stream.workers": (0, 256),
@@ -135,6 +137,7 @@ def check(config: Any) -> None:
     if isinstance(config, TrainDenoiser):
         check_denoiser(config)
         check_diffusion(config.diffusion)
+        _check_averages(config.ema)
     if isinstance(config, TrainAutoencoder | TrainDenoiser):
         _check_train(config)
     if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
@@ -276,6 +279,15 @@ def _check_condition(name: str, condition: Condition) -> None:
             raise ConfigError(f"{where}.mode={condition.mode} caches a frozen text encoder: give {where}.path")
     elif condition.kind == "cross":
         raise ConfigError(f"{where}.kind=cross needs {where}.source=text")
+
+
+def _check_averages(ema: EMA) -> None:
+    every = [ema.halflife, *ema.halflives]
+    if ema.halflives and (min(every) < 1 or len(set(every)) < len(every)):
+        raise ConfigError(
+            f"ema.halflives={ema.halflives} with ema.halflife={ema.halflife}: give halflives in images, each once, and "
+            "set ema.halflife to the one that is drawn from first"
+        )
 
 
 def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:

@@ -173,6 +173,7 @@ class EMA:
     """Exponential moving average of the weights (Karras et al. 2024, section 3)."""
 
     halflife: int = setting(500_000, "in images; 0 for no EMA")
+    halflives: list[int] = setting([], "of further averages, in images: each is as much memory as the weights")
     rampup: float = setting(0.05, "halflife is at most this share of the images seen, early in training")
 
 
@@ -189,7 +190,10 @@ class Train:
     validate_every: int = setting(100_000, "images between validation losses; 0 for never", identity=False)
     sample_every: int = setting(100_000, "images between sample grids; 0 for never", identity=False)
     checkpoint_every: int = setting(100_000, "images between checkpoints", identity=False)
-    keep: int = setting(2, "checkpoints kept", identity=False)
+    keep: int = setting(2, "newest checkpoints kept", identity=False)
+    keep_every: int = setting(
+        0, "images: the first checkpoint at or after each multiple is kept for ever; 0 for none", identity=False
+    )
 
 
 @dataclass(frozen=True)

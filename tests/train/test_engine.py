@@ -12,6 +12,7 @@ from calotype.errors import CalotypeError, ConfigError
 from calotype.train.ema import decay
 from calotype.train.engine import Engine
 from calotype.train.kernels import said
+from calotype.train.plain import dealt
 from torch import nn
 
 
@@ -25,7 +26,8 @@ def made(
 ) -> Engine:
     settings = config.Engine(kind=kind, stage=stage, precision=precision)
     optim = config.Optim(clip=0.5, weight_decay=0.01)
-    return Engine(net(), optim, settings, Worker(), accumulation, config.EMA(halflife=halflife))
+    ema = config.EMA(halflife=halflife, halflives=[5] if halflife else [])
+    return Engine(net(), optim, settings, Worker(), accumulation, ema)
 
 
 def steps(engine: Engine, first: int, count: int) -> list[float]:
@@ -43,11 +45,12 @@ def steps(engine: Engine, first: int, count: int) -> list[float]:
     return losses
 
 
-def bare(count: int) -> tuple[list[float], nn.Module, list[torch.Tensor]]:
+def bare(count: int) -> tuple[list[float], nn.Module, dict[str, list[torch.Tensor]]]:
     """The same in a few lines of PyTorch."""
     module = net()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
-    mean = [p.detach().clone() for p in module.parameters()]
+    halflives = {"ema": 100, "ema@5": 5}
+    means = {kind: [p.detach().clone() for p in module.parameters()] for kind in halflives}
     losses = []
     for number in range(count):
         x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
@@ -57,21 +60,26 @@ def bare(count: int) -> tuple[list[float], nn.Module, list[torch.Tensor]]:
         nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
         images = 12 * (number + 1)
-        beta = 0.5 ** (12 / min(100, 0.05 * images))
-        mean = [beta * m + (1 - beta) * p.detach() for m, p in zip(mean, module.parameters(), strict=True)]
+        for kind, halflife in halflives.items():
+            beta = 0.5 ** (12 / min(halflife, 0.05 * images))
+            pairs = zip(means[kind], module.parameters(), strict=True)
+            means[kind] = [beta * m + (1 - beta) * p.detach() for m, p in pairs]
         losses.append(loss.item())
-    return losses, module, mean
+    return losses, module, means
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_it_does_what_a_bare_loop_does(accumulation: int) -> None:
     engine = made(accumulation=accumulation)
-    losses, module, mean = bare(20)
+    losses, module, means = bare(20)
     assert steps(engine, 0, 20) == pytest.approx(losses, rel=1e-5)
     states, scalars = engine.states()
     for index, (name, parameter) in enumerate(module.named_parameters()):
         torch.testing.assert_close(states["weights"][name], parameter.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(states["ema"][name], mean[index], rtol=1e-4, atol=1e-5)
+        for kind, mean in means.items():
+            torch.testing.assert_close(states[kind][name], mean[index], rtol=1e-4, atol=1e-5)
+    off = states["ema@5"]["0.weight"] - states["ema"]["0.weight"]
+    assert off.abs().max() > 1e-3  # they do differ
     assert scalars["adam_step"] == 20
 
 
@@ -100,20 +108,54 @@ def test_averaged_weights_inside_and_the_same_ones_after(kind: str, stage: int) 
     steps(engine, 0, 8)
     x = torch.linspace(-1, 1, 21).view(3, 7)
     states, _ = engine.states()
-    averaged = net()
-    averaged.load_state_dict(states["ema"])
-    with torch.no_grad():
-        before = engine(x).clone()
-        with engine.averaged():
-            torch.testing.assert_close(engine(x), averaged(x))
-        assert torch.equal(engine(x), before)
-    assert not torch.allclose(before, averaged(x), rtol=1e-3)
+    assert engine.averages == ["ema", "ema@5"]
+    for which in engine.averages:
+        averaged = net()
+        averaged.load_state_dict(states[which])
+        with torch.no_grad():
+            before = engine(x).clone()
+            with engine.averaged(which):
+                torch.testing.assert_close(engine(x), averaged(x))
+            assert torch.equal(engine(x), before)
+        assert not torch.allclose(before, averaged(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_a_share_is_a_copy_that_further_steps_do_not_change(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    engine = made(kind, stage)
+    steps(engine, 0, 3)
+    states, scalars = engine.states()
+    states = {key: {name: tensor.clone() for name, tensor in named.items()} for key, named in states.items()}
+    share, of_share = engine.share()
+    steps(engine, 3, 2)
+    assert of_share == scalars
+    assert share.kinds.keys() == states.keys()
+    for key, values in share.kinds.items():
+        first = 0
+        for name, begin, count in share.pieces:
+            wanted = states[key][name].flatten()[begin : begin + count]
+            assert torch.equal(values[first : first + count], wanted), (key, name)
+            first += count
+        assert first == len(values) == sum(p.numel() for p in net().parameters())
+
+
+@pytest.mark.parametrize("world", [1, 3, 7])
+def test_replicated_parameters_are_dealt_once(world: int) -> None:
+    pieces = dealt(nn.ModuleDict({"module": net()}), world)
+    held = {rank: sum(piece.count for piece in pieces if piece.rank == rank) for rank in range(world)}
+    assert max(held.values()) - min(held.values()) <= 1
+    for name, parameter in net().named_parameters():
+        mine = [(piece.begin, piece.count) for piece in pieces if piece.name == name]
+        assert sum(count for _, count in mine) == parameter.numel()
+        assert [begin for begin, _ in mine] == [sum(count for _, count in mine[:n]) for n in range(len(mine))]
 
 
 def test_without_an_average_states_have_none() -> None:
     engine = made(halflife=0)
     steps(engine, 0, 2)
     assert "ema" not in engine.states()[0]
+    assert engine.averages == []
     with engine.averaged():
         assert not torch.is_grad_enabled()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import pytest
 import torch
 from calotype import config
 from calotype.data.draws import philox
+from calotype.data.files import FolderStore
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
@@ -24,6 +28,7 @@ from calotype.train.engine import Engine
 from torch import nn
 
 BATCH = 8
+RANKS = Path(__file__).with_name("ranks.py")
 
 
 class Notes(Tracker):
@@ -72,10 +77,10 @@ def settings(images: int = 10 * BATCH, lr: float = 1e-2, micro: int = 0, **train
     )
 
 
-def task(made: Any, poison: int = -1, seen: list[int] | None = None, **more: Any) -> loop.Task:
+def task(made: Any, poison: int = -1, seen: list[int] | None = None, width: int = 16, **more: Any) -> loop.Task:
     """y = 3 x, with dropout; `poison`: the position whose input is not a number."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 4))
+    module = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, 4))
     micro = loop.micro_batch(made, 1)
     engine = Engine(
         module, made.optim, made.engine, Worker(), loop.accumulation(micro, BATCH, 1), config.EMA(halflife=50)
@@ -279,3 +284,172 @@ def test_what_is_left_out_weighs_nothing_and_is_named(record: Record, notes: Not
     strict = settings(images=2 * BATCH)
     assert not {"left_out", "read_retries"} & loop.run(task(strict), strict, Worker()).keys()
     assert loop.run(replace(task(strict), retries=lambda: 7), strict, Worker())["read_retries"] == 7
+
+
+# ------------------------------------------------------------------------------------------------ saving meanwhile
+
+
+def published(monkeypatch: pytest.MonkeyPatch, before: Callable[[FolderStore, str], None]) -> None:
+    """`before` is called before each file of a checkpoint gets its name, in the thread that writes it."""
+    real = FolderStore.publish
+
+    def publish(self: FolderStore, key: str, data: Any) -> bool:
+        if "checkpoints" in str(self.path):
+            before(self, key)
+        return real(self, key, data)
+
+    monkeypatch.setattr(FolderStore, "publish", publish)
+
+
+def files(record: Record, images: int) -> dict[str, str]:
+    """Hash of every tensor file of a checkpoint."""
+    commit = json.loads(record.artifacts.read(f"checkpoints/{images:012d}/COMMIT.json"))
+    return {key: row["sha256"] for key, row in commit["files"].items() if key.endswith(".safetensors")}
+
+
+def arrived(record: Record, images: int) -> None:
+    """Wait until a checkpoint is committed."""
+    until = time.monotonic() + 30
+    while checkpoint.latest(record.artifacts) != images:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def counting(made: Any, at: dict[int, Callable[[], None]], **more: Any) -> loop.Task:
+    """`task`, with something to do right after the nth step's forward."""
+    plain = task(made, **more)
+    done = iter(range(1, 10**6))
+
+    def step(rows: Any) -> Any:
+        at.get(next(done), lambda: None)()
+        return plain.step(rows)
+
+    return replace(plain, step=step)
+
+
+def test_steps_go_on_while_a_checkpoint_is_sent_and_change_no_byte(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings(checkpoint_every=5 * BATCH)
+    whole = Record(record.job, "0" * 32, "x", record.root, record.artifact_root + "2")
+    loop.run(task(made), made, Worker(), whole)
+    stepped, committed = threading.Event(), []
+    published(monkeypatch, lambda store, key: None if stepped.wait(60) else pytest.fail("no step was taken meanwhile"))
+
+    def after_three_more() -> None:
+        committed.extend(checkpoint.committed(record.artifacts))
+        stepped.set()
+
+    loop.run(counting(made, {8: after_three_more}), made, Worker(), record)
+    assert committed == []
+    for images in (5 * BATCH, 10 * BATCH):
+        assert files(record, images) == files(whole, images)
+    points = {name: at for at, figures in notes.points for name in figures if name.startswith("checkpoint")}
+    assert set(points) == {f"checkpoint_{what}seconds" for what in ("", "stall_", "wait_")}
+    assert set(points.values()) == {10 * BATCH}
+
+
+def test_one_save_waits_for_the_one_before(record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = settings(images=4 * BATCH, checkpoint_every=BATCH, log_every=10**9)
+    sending: list[str] = []
+
+    def slow(store: FolderStore, key: str) -> None:
+        sending.append(store.path.name)
+        threading.Event().wait(0.02)
+
+    published(monkeypatch, slow)
+    figures = loop.run(task(made), made, Worker(), record)
+    assert sending == sorted(sending)
+    assert checkpoint.committed(record.artifacts) == [BATCH * n for n in range(1, 5)]
+    assert figures["checkpoint_wait_seconds"] > 0.05
+    assert figures["checkpoint_stall_seconds"] < figures["checkpoint_seconds"]
+
+
+@pytest.mark.parametrize("error", [CalotypeError("the bucket is gone"), ZeroDivisionError("a bug")])
+def test_what_goes_wrong_in_the_thread_is_raised_and_commits_nothing(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    made = settings(images=10**6, checkpoint_every=5 * BATCH)
+
+    def fail(store: FolderStore, key: str) -> None:
+        if store.path.name == f"{10 * BATCH:012d}" and key.startswith("net.exp_avg_sq"):
+            raise error
+
+    with monkeypatch.context() as patch:
+        published(patch, fail)
+        with pytest.raises(type(error), match=str(error)):
+            loop.run(task(made), made, Worker(), record)
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH]
+    assert list(record.artifacts.list(f"checkpoints/{10 * BATCH:012d}/"))  # of no use to anybody
+    assert notes.finished == 1
+    seen: list[int] = []
+    more = settings(images=15 * BATCH, checkpoint_every=5 * BATCH, keep=1)
+    loop.run(task(more, seen=seen), more, Worker(), record)
+    assert seen[0] == 5 * BATCH
+    assert {entry.key.split("/")[1] for entry in record.artifacts.list("checkpoints/")} == {f"{15 * BATCH:012d}"}
+
+
+def test_a_leftover_attempt_stops_without_a_commit(record: Record, notes: Notes) -> None:
+    from calotype.runs import Superseded
+
+    old = replace(record, attempt=1)
+    old.store.publish("attempts/0001.json", b"{}")
+    made = settings(images=10**6, checkpoint_every=5 * BATCH)
+
+    def begin_anew() -> None:
+        arrived(record, 5 * BATCH)
+        old.store.publish("attempts/0002.json", b"{}")
+
+    with pytest.raises(Superseded, match="superseded by attempt 2"):
+        loop.run(counting(made, {7: begin_anew}), made, Worker(), old)
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH]
+
+
+def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(record: Record, notes: Notes) -> None:
+    """No file may grow beyond a limit, as on a disk that is full."""
+    made = settings(images=10**6, checkpoint_every=5 * BATCH, log_every=5 * BATCH)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        arrived(record, 5 * BATCH)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, before[1]))
+
+    started = counting(made, {7: fill}, width=4096)
+    try:
+        with pytest.raises(CalotypeError, match=r"000000000080 cannot be written \(File too large\).*make room"):
+            loop.run(started, made, Worker(), record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH]
+    with checkpoint.opened(record.artifacts, 5 * BATCH):
+        pass
+    assert not list(Path(record.artifact_root).rglob(".partial-*"))
+
+
+def test_an_error_of_the_training_leaves_a_save_the_time_it_needs(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings(images=10**6, checkpoint_every=5 * BATCH)
+    published(monkeypatch, lambda store, key: threading.Event().wait(0.02))
+    with pytest.raises(ZeroDivisionError):
+        loop.run(counting(made, {6: lambda: 1 / 0}), made, Worker(), record)
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH]
+
+
+def test_an_error_on_one_rank_is_raised_on_all(record: Record, tmp_path: Path, started: Any) -> None:
+    """And what lists of workers that died lie there does not count."""
+    said = [tmp_path / f"said{rank}" for rank in range(2)]
+    stale = record.artifacts.at("checkpoints", "000000000016")
+    stale.publish("parts-dead-00001.json", b'{"files": {}, "pieces": {}}')
+    words = (str(tmp_path), record.artifact_root)
+    workers = [started(RANKS, *words, str(rank), said=file) for rank, file in enumerate(said)]
+    for worker in workers:
+        worker.join(120)
+        worker.kill()
+    ended = [file.read_text().splitlines()[-1] for file in said]
+    assert ended == ["Unreachable: the bucket is gone"] * 2, "\n".join(file.read_text() for file in said)
+    assert checkpoint.committed(record.artifacts) == [16]
+    assert checkpoint.weights(record.artifacts, 16, "net", ema=False)["0.weight"].tolist()
+    keys = {entry.key.split("-")[0] for entry in stale.list()}
+    assert "parts" not in keys
+    assert [key for key in keys if "exp_avg_sq" in key]

@@ -1,11 +1,14 @@
-"""Checkpoints (format v1): named states and a cursor, committed at once, readable at any world size and stage.
+"""Checkpoints (format 2): what every rank saved of its share, committed at once, readable at any world size and stage.
 
-    checkpoints/<images seen, 12 digits>/<engine>.<kind>-<part>-<hash>.safetensors   fp32, by parameter name
-                                         state-<hash>.json       steps, loss scale, cursor, clock, unsent points
-                                         COMMIT.json             sha256 of each, last, by conditional put
+    checkpoints/<images seen, 12 digits>/
+        <engine>.<kind>-<rank>-<part>-<hash>.safetensors  fp32 pieces of parameters, by name, one after the other
+        index-<hash>.json    shapes of the parameters; which elements of them each part holds
+        state-<hash>.json    steps, loss scale, cursor, clock, unsent points
+        COMMIT.json          sha256 of each, last, by conditional put
 
 File names hold hashes of their contents, so what an attempt left behind when it died is either the same bytes or in
-nobody's way.  Nothing is a checkpoint before its COMMIT.json is there.  No pickle.
+nobody's way.  Nothing is a checkpoint before its COMMIT.json is there.  No pickle.  In format 1 rank 0 had gathered
+whole parameters: such checkpoints are read for ever.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +29,12 @@ from calotype.errors import CalotypeError, DataError
 if TYPE_CHECKING:  # this page is also read at submit, where torch is not
     from torch import Tensor
 
-log = logging.getLogger(__name__)
-
-FORMAT = "calotype.checkpoint/1"
+FORMAT, FIRST_FORMAT = "calotype.checkpoint/2", "calotype.checkpoint/1"
 FOLDER, COMMIT = "checkpoints", "COMMIT.json"
-PART = 2**30  # bytes of tensors per file, unless one tensor is larger
+BUFFERS = "buffers"  # a kind of its own: the weights and their averages have them in common
 BLOCK = 2**24  # bytes per read
+
+Piece = tuple[str, int, int]  # (parameter, its first element here, how many)
 
 
 @dataclass(frozen=True)
@@ -48,50 +51,6 @@ class Checkpoint:
     tensors: dict[str, Mapping[str, Tensor]]
 
 
-def save(
-    store: Store,
-    images: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep: int = 0,
-    allowed: Callable[[], None] = lambda: None,
-) -> bool:
-    """Write and commit.
-
-    Args:
-        store: the run's artifact root.
-        tensors: "<engine>.<kind>" -> parameter name -> CPU tensor.
-        keep: older checkpoints than the newest `keep` are deleted; 0 keeps all.
-        allowed: raises if this attempt of the run may not write any more; asked right before the commit.
-
-    Returns:
-        False if these images were committed already (the older commit stands).
-    """
-    from safetensors.torch import save as serialise
-
-    place = store.at(FOLDER, f"{images:012d}")
-    files: dict[str, dict[str, Any]] = {}
-
-    def put(name: str, suffix: str, data: bytes) -> None:
-        digest = hashlib.sha256(data).hexdigest()
-        key = f"{name}-{digest[:16]}.{suffix}"
-        place.publish(key, data)
-        files[key] = {"sha256": digest, "bytes": len(data)}
-
-    for kind, named in sorted(tensors.items()):
-        for index, part in enumerate(_parts(named)):
-            put(f"{kind}-{index:05d}", "safetensors", serialise(part))
-    put("state", "json", json.dumps(state, indent=1, sort_keys=True).encode())
-    commit = {"format": FORMAT, "images": images, "files": files}
-    allowed()
-    fresh = place.publish(COMMIT, json.dumps(commit, indent=1, sort_keys=True).encode())
-    if not fresh:
-        log.warning("%s was committed before: that one stands", place.uri)
-    if keep:
-        _forget(store, images, keep)
-    return fresh
-
-
 def committed(store: Store) -> list[int]:
     """Images seen of every committed checkpoint, rising."""
     found = (entry.key.split("/") for entry in store.list(f"{FOLDER}/"))
@@ -103,16 +62,24 @@ def latest(store: Store) -> int | None:
     return max(committed(store), default=None)
 
 
-def discard(store: Store, images: int) -> None:
-    """Delete a checkpoint, commit first; one that is damaged would stand in the way of the same images saved anew."""
-    place = store.at(FOLDER, f"{images:012d}")
-    for key in sorted((entry.key for entry in place.list()), key=lambda key: key != COMMIT):
-        place.delete(key)
-
-
 def digest(store: Store, images: int) -> str:
     """sha256 of the commit, which names every byte of the checkpoint."""
     return hashlib.sha256(_commit(store, images)[1]).hexdigest()
+
+
+def check(store: Store, images: int) -> None:
+    """Refuse, without reading it all, one that was never committed or that has lost files; `opened` hashes them.
+
+    Raises:
+        DataError: names the file, or the checkpoints that there are.
+    """
+    files = _commit(store, images)[0]["files"]
+    place = store.at(FOLDER, f"{images:012d}")
+    sizes = {entry.key: entry.size for entry in place.list()}
+    for key, row in sorted(files.items()):
+        if sizes.get(key) != row["bytes"]:
+            what = f"has {sizes[key]} bytes instead of {row['bytes']}" if key in sizes else "is gone"
+            raise DataError(f"{place.uri}/{key} {what}: choose another checkpoint")
 
 
 @contextlib.contextmanager
@@ -129,33 +96,55 @@ def opened(store: Store, images: int, kinds: tuple[str, ...] | None = None) -> I
     commit, _ = _commit(store, images)
     place = store.at(FOLDER, f"{images:012d}")
     with tempfile.TemporaryDirectory(prefix="calotype-") as name:
-        folder, state = Path(name), {}
-        files: dict[str, list[Path]] = {}
-        for key, row in sorted(commit["files"].items()):
-            kind = key.rsplit("-", 2)[0]
-            if key.startswith("state-"):
-                _fetch(place, key, row, folder / key)
-                state = json.loads((folder / key).read_bytes())
-            elif kinds is None or kind in kinds:
-                _fetch(place, key, row, folder / key)
-                files.setdefault(kind, []).append(folder / key)
-        yield Checkpoint(images, state, {kind: _Lazy(paths) for kind, paths in files.items()})
+        folder = Path(name)
+
+        def fetched(key: str) -> Path:
+            _fetch(place, key, commit["files"][key], folder / key)
+            return folder / key
+
+        plain = {key.split("-")[0]: json.loads(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
+        files: dict[str, dict[str, Path]] = {}  # kind -> which part -> file
+        for key, (kind, part) in _tensor_files(commit).items():
+            if kinds is None or kind in kinds or (kinds and kind.endswith(f".{BUFFERS}")):
+                files.setdefault(kind, {})[part] = fetched(key)
+        buffers = {kind: files.pop(kind) for kind in list(files) if kind.endswith(f".{BUFFERS}")}
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        for kind, paths in files.items():
+            engine, what = kind.rsplit(".", 1)
+            if "index" in plain:
+                shared = buffers.get(f"{engine}.{BUFFERS}", {}) if not what.startswith("exp_avg") else {}
+                shapes, pieces = plain["index"]["shapes"][engine], plain["index"]["pieces"][engine]
+                tensors[kind] = _Pieced(shapes, pieces, paths, _Whole(shared.values()))
+            else:
+                tensors[kind] = _Whole(paths.values())
+        yield Checkpoint(images, plain["state"], tensors)
 
 
-def weights(store: Store, images: int, engine: str, ema: bool = True) -> dict[str, Tensor]:
-    """All weights of one engine by parameter name; the averaged ones where there are any and `ema` asks for them."""
-    names = {key.rsplit("-", 2)[0] for key in _commit(store, images)[0]["files"]}
-    kind = f"{engine}.ema" if ema and f"{engine}.ema" in names else f"{engine}.weights"
+def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: int = 0) -> dict[str, Tensor]:
+    """All weights of one engine by parameter name.
+
+    Args:
+        ema: the averaged ones, where there are any.
+        halflife: of the average, where a run keeps several; 0 for the first.
+
+    Raises:
+        DataError: the run keeps no average of that halflife; names those that it has.
+    """
+    names = {kind for kind, _ in _tensor_files(_commit(store, images)[0]).values()}
+    kind = f"{engine}.ema@{halflife}" if ema and halflife else f"{engine}.ema"
+    if not ema or (not halflife and kind not in names):
+        kind = f"{engine}.weights"
+    if kind not in names:
+        others = ", ".join(sorted(name.partition("@")[2] for name in names if name.startswith(f"{engine}.ema@")))
+        raise DataError(f"{store.uri}/{FOLDER}/{images:012d} holds no {kind} (further averages: {others or 'none'})")
     with opened(store, images, (kind,)) as found:
-        if kind not in found.tensors:
-            raise DataError(f"{store.uri}/{FOLDER}/{images:012d} holds no {kind}")
         return {name: tensor.clone() for name, tensor in found.tensors[kind].items()}
 
 
-class _Lazy(Mapping[str, "Tensor"]):
+class _Whole(Mapping[str, "Tensor"]):
     """Tensors of some safetensors files, read one at a time: a rank keeps only its share of a model."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         from safetensors import safe_open
 
         self._files = [safe_open(path, framework="pt") for path in paths]
@@ -171,16 +160,80 @@ class _Lazy(Mapping[str, "Tensor"]):
         return len(self._where)
 
 
-def _parts(named: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    part: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in sorted(named.items()):
-        if part and size + tensor.nbytes > PART:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor.contiguous()
-        size += tensor.nbytes
-    yield part
+class _Pieced(Mapping[str, "Tensor"]):
+    """Parameters of one kind put together, when asked for, from the pieces that the ranks saved; and the buffers."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        pieces: Mapping[str, Sequence[Piece]],
+        paths: Mapping[str, Path],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        self._shapes, self._buffers = shapes, buffers
+        self._where: dict[str, list[tuple[int, int, _Whole]]] = {name: [] for name in shapes}
+        for part, path in paths.items():
+            file = _Whole([path])
+            for name, begin, count in pieces[part]:
+                self._where[name].append((begin, count, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._buffers:
+            return self._buffers[name]
+        import torch
+
+        whole = torch.empty(prod(self._shapes[name]))
+        for begin, count, file in self._where[name]:
+            whole[begin : begin + count] = file[name]
+        return whole.view(tuple(self._shapes[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._shapes
+        yield from self._buffers
+
+    def __len__(self) -> int:
+        return len(self._shapes) + len(self._buffers)
+
+
+def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
+    """Collect what is not wanted any more, once `images` are committed.
+
+    Kept are the newest `keep`, and the first one at or after each multiple of `keep_every`.  Deleted are older ones,
+    what was never committed before `images`, and what died attempts left beside the files of `images`.
+    """
+    known = committed(store)
+    kept = set(known[-keep:])
+    if keep_every:  # the first of a span is never deleted: it is the first of those that are left, too
+        spans = [number // keep_every for number in known]
+        kept |= {known[spans.index(span)] for span in spans if span}
+    for folder in store.folders(FOLDER):
+        if folder.isdigit() and int(folder) < images and int(folder) not in kept:
+            discard(store, int(folder))
+    place = store.at(FOLDER, f"{images:012d}")
+    named = {COMMIT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
+    for key in [entry.key for entry in place.list() if entry.key not in named]:
+        place.delete(key)
+
+
+def discard(store: Store, images: int) -> None:
+    """Delete a checkpoint, commit first; one that is damaged would stand in the way of the same images saved anew."""
+    place = store.at(FOLDER, f"{images:012d}")
+    for key in sorted((entry.key for entry in place.list()), key=lambda key: key != COMMIT):
+        place.delete(key)
+
+
+def _is_plain(key: str) -> bool:
+    return key.endswith(".json")
+
+
+def _tensor_files(commit: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Key -> ("<engine>.<kind>", "<rank>-<part>"), in format 1 ("<engine>.<kind>", "<part>")."""
+    numbers = 1 if commit["format"] == FIRST_FORMAT else 2
+    found = {}
+    for key in sorted(key for key in commit["files"] if not _is_plain(key)):
+        kind, *part, _ = key.rsplit("-", numbers + 1)
+        found[key] = kind, "-".join(part)
+    return found
 
 
 def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
@@ -195,9 +248,9 @@ def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
         raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint") from None
     if any("/" in key or key.startswith(".") for key in commit.get("files", ())):  # they become files here
         raise DataError(f"{where}/{COMMIT} names files outside its folder: choose another checkpoint")
-    if commit.get("format") != FORMAT:
+    if commit.get("format") not in (FORMAT, FIRST_FORMAT):
         raise CalotypeError(
-            f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT}: use a newer one"
+            f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT} and before: use a newer one"
         )
     return commit, data
 
@@ -214,11 +267,3 @@ def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
             file.write(data)
     if digest.hexdigest() != row["sha256"]:
         raise DataError(f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint")
-
-
-def _forget(store: Store, images: int, keep: int) -> None:
-    """Delete checkpoints before the newest `keep`, and what was never committed before `images`."""
-    kept = committed(store)[-keep:]
-    for folder in store.folders(FOLDER):
-        if folder.isdigit() and int(folder) < images and int(folder) not in kept:
-            discard(store, int(folder))

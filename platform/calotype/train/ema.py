@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -40,3 +41,11 @@ class Average:
             held = weight.detach().clone()
             weight.data.copy_(mean)
             mean.copy_(held)
+
+
+def averages(weights: Sequence[torch.Tensor], ema: EMA | None) -> dict[str, Average]:
+    """ "ema" for `ema.halflife`, "ema@HALFLIFE" for each of `ema.halflives`; each starts from the weights."""
+    if ema is None or not ema.halflife:
+        return {}
+    made = {"ema": Average(weights, ema)}
+    return made | {f"ema@{halflife}": Average(weights, replace(ema, halflife=halflife)) for halflife in ema.halflives}

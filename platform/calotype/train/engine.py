@@ -23,14 +23,16 @@ from calotype import config
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.train import kernels
-from calotype.train.ema import Average
-from calotype.train.plain import Piece, Plain, adamw, clip, named, whole
+from calotype.train.ema import averages
+from calotype.train.plain import Cast, Piece, Plain, adamw, clip, dealt, named
+from calotype.train.shares import Copies, Share
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale, and the good steps after which it doubles
 
-States = dict[str, dict[str, Tensor]]  # {"weights" | "exp_avg" | "exp_avg_sq" | "ema": {parameter name: fp32 tensor}}
+# {"weights" | "exp_avg" | "exp_avg_sq" | "ema" | "ema@HALFLIFE": {parameter name: fp32 tensor}}
+States = dict[str, dict[str, Tensor]]
 
 
 class Backend(Protocol):
@@ -89,7 +91,8 @@ class Engine:
             self._backend = Zero(cast, optim, engine, worker, accumulation)
         else:
             self._backend = Plain(cast, optim, worker)
-        self._average = Average(self._backend.partitions, ema) if ema is not None and ema.halflife else None
+        self._averages = averages(self._backend.partitions, ema)
+        self._copies = Copies([piece for piece in self._backend.pieces if piece.rank == worker.rank], worker.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward, in the engine's precision; the same number of calls on every rank."""
@@ -123,8 +126,8 @@ class Engine:
         if self.dynamic:
             self._rescale(taken)
             norm = norm if taken else torch.zeros_like(norm)
-        if self._average is not None and taken:
-            self._average.update(images, batch)
+        for average in self._averages.values() if taken else ():
+            average.update(images, batch)
         return norm
 
     def _rescale(self, taken: bool) -> None:
@@ -136,52 +139,71 @@ class Engine:
         elif self._good % SCALE_GROWTH == 0:
             self.loss_scale *= 2
 
+    @property
+    def averages(self) -> list[str]:
+        """What `averaged` knows: "ema" first, then "ema@HALFLIFE" of the others; empty without."""
+        return list(self._averages)
+
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self, which: str = "ema") -> Iterator[None]:
         """Inside, the module computes with the averaged weights (without an average: with the current ones)."""
         was_training = self.module.training
         self.module.eval()
+        self._swap(which)
         try:
-            self._swap()
             with torch.no_grad():
                 yield
         finally:
-            self._swap()
+            self._swap(which)
             self.module.train(was_training)
 
-    def _swap(self) -> None:
-        if self._average is not None:
-            self._average.swap()
+    def _swap(self, which: str) -> None:
+        if self._averages:
+            self._averages[which].swap()
             self._backend.refresh()
 
     # ---------------------------------------------------------------------------------------- states in and out
 
+    def share(self) -> tuple[Share, dict[str, float]]:
+        """This rank's share of all states, as they are now, copied to the host; and scalars.
+
+        The memory is that of the share before, which must have been written by now.
+        """
+        first = self.worker.rank == 0
+        buffers = {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers.items() if first}
+        kinds, ready = self._copies.take(self._kinds())
+        pieces = [(piece.name, piece.begin, piece.count) for piece in self._copies.pieces]
+        return Share(self._shapes, pieces, kinds, buffers, ready), self._scalars()
+
     def states(self) -> tuple[States, dict[str, float]]:
-        """Named fp32 tensors on rank 0's CPU, empty on the others, and scalars everywhere.  Collective."""
-        made: States = {"weights": self._gather(self._backend.partitions)}
-        for moment in MOMENTS:
-            made[moment] = self._gather([self._moments(part)[moment] for part in self._backend.partitions])
-        if self._average is not None:
-            made["ema"] = self._gather(self._average.shadow)
+        """Named whole fp32 tensors on rank 0's CPU, empty on the others, and scalars everywhere.  Collective."""
+        made = {kind: self._gather(tensors) for kind, tensors in self._kinds().items()}
         if self.worker.rank == 0:
             for kind in made.keys() - set(MOMENTS):
                 made[kind].update({name: buffer.detach().cpu() for name, buffer in self._buffers.items()})
+        return made, self._scalars()
+
+    def _kinds(self) -> dict[str, Sequence[Tensor]]:
+        """What a state is made of, partition by partition."""
+        partitions = self._backend.partitions
+        kinds: dict[str, Sequence[Tensor]] = {"weights": partitions}
+        kinds |= {moment: [self._moments(part)[moment] for part in partitions] for moment in MOMENTS}
+        return kinds | {kind: average.shadow for kind, average in self._averages.items()}
+
+    def _scalars(self) -> dict[str, float]:
         taken = float(self._moments(self._backend.partitions[0])["step"])
-        return made, {"adam_step": taken, "loss_scale": self.loss_scale, "good_steps": float(self._good)}
+        return {"adam_step": taken, "loss_scale": self.loss_scale, "good_steps": float(self._good)}
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
         """Take over what `states` gave at any world size and stage.  Collective.
 
-        Without "ema" in `states` the average starts from the weights.
+        An average that is not in `states` starts from the weights.
         """
         backend = self._backend
-        self._scatter(states["weights"], backend.partitions)
-        for moment in MOMENTS:
-            self._scatter(states[moment], [self._moments(part)[moment] for part in backend.partitions])
+        for kind, tensors in self._kinds().items():
+            self._scatter(states.get(kind, states["weights"]) if kind in self._averages else states[kind], tensors)
         for part in backend.partitions:
             self._moments(part)["step"].fill_(scalars["adam_step"])
-        if self._average is not None:
-            self._scatter(states.get("ema", states["weights"]), self._average.shadow)
         for name, buffer in self._buffers.items():
             buffer.copy_(states["weights"][name])
         if self.dynamic:
@@ -210,34 +232,25 @@ class Engine:
             for piece in self._backend.pieces if first else ():
                 if piece.partition == index:
                     assert ranks is not None
-                    source = ranks[piece.rank].view(-1)[piece.start : piece.start + piece.count]
+                    part = ranks[0 if self._backend.replicated else piece.rank]
+                    source = part.view(-1)[piece.start : piece.start + piece.count]
                     made[piece.name].view(-1)[piece.begin : piece.begin + piece.count] = source.cpu()
         return made
 
     @torch.no_grad()
     def _scatter(self, named: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> None:
         """{parameter name: whole tensor} -> this rank's partition-wise tensors."""
-        rank = 0 if self._backend.replicated else self.worker.rank
         for piece in self._backend.pieces:
-            if piece.rank == rank:
-                whole = named[piece.name]
-                assert tuple(whole.shape) == self._shapes[piece.name], piece.name
-                target = tensors[piece.partition].data.view(-1)[piece.start : piece.start + piece.count]
-                target.copy_(whole.reshape(-1)[piece.begin : piece.begin + piece.count])
+            target = tensors[piece.partition].data
+            if self._backend.replicated and piece.begin == 0:
+                target.copy_(self._checked(named, piece.name))
+            elif not self._backend.replicated and piece.rank == self.worker.rank:
+                part = self._checked(named, piece.name).reshape(-1)[piece.begin : piece.begin + piece.count]
+                target.view(-1)[piece.start : piece.start + piece.count].copy_(part)
 
-
-class Cast(nn.Module):
-    """Autocast inside the module, so that every engine computes alike (DeepSpeed undoes one put around it)."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-        self.kind = torch.device(device).type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.kind, self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(*args, **kwargs)
+    def _checked(self, named: Mapping[str, Tensor], name: str) -> Tensor:
+        assert tuple(named[name].shape) == self._shapes[name], name
+        return named[name]
 
 
 def join(worker: Worker, kind: str) -> None:
@@ -283,7 +296,7 @@ class Zero:
         self.optimizer = self.zero.optimizer if self.stage else self.engine.optimizer
         self.partitions: Sequence[Tensor] = self.parameters
         if self.stage == 0:
-            self.pieces = whole(module)
+            self.pieces = dealt(module, worker.world)
         elif self.stage < 3:
             self.partitions = self.zero.single_partition_of_fp32_groups
             self.pieces = self._pieces_of_groups(module, worker.world)

@@ -159,10 +159,10 @@ class Asked:
         return agreed
 
 
-def agree(worker: Worker, flag: bool) -> bool:
-    """Whether any rank says so.  Collective."""
+def agree(worker: Worker, flag: bool, group: Any = None) -> bool:
+    """Whether any rank says so.  Collective, over a `group` of CPUs where one is given."""
     if worker.world == 1:
         return flag
-    vote = torch.tensor(float(flag), device=worker.device)
-    dist.all_reduce(vote)
+    vote = torch.tensor(float(flag), device="cpu" if group is not None else worker.device)
+    dist.all_reduce(vote, group=group)
     return bool(vote.item() > 0)

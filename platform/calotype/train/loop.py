@@ -17,18 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from calotype import runs, track
-from calotype.compose import digest_of, identity_fields
+from calotype.compose import digest_of
 from calotype.config import Optim
 from calotype.console import Progress
 from calotype.environment import Worker
 from calotype.errors import DataError
-from calotype.train import checkpoint
 from calotype.train.engine import Engine
-from calotype.train.figures import Asked, Clock, LeftOut, Meter, agree, refuse_nonfinite
+from calotype.train.figures import Asked, Clock, LeftOut, Meter, refuse_nonfinite
+from calotype.train.saving import resume, saves
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     """
     settings, batch = config.train, config.train.batch
     micro = micro_batch(config, worker.world)
-    state = resume(task, worker, record)
+    state = resume(task.engines, task.where, worker, record)
     images, clock = int(state["images"] if state else 0), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
     began = runs.first_attempt_started(record) if record else time.time()
     meter = Meter(worker, batch, task.engines, task.retries)
@@ -101,6 +100,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
         tracking(task, config, worker, record, state) as tracker,
         ahead(task, images, worker) as batches,
         bar(config, worker, record) as show,
+        saves(task.engines, config, worker, record, lambda at: task.saved(tracker, at) if tracker else None) as saving,
     ):
         while True:
             done = images >= settings.images
@@ -109,6 +109,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
                 fresh = meter.read(clock) | left_out.read()
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
+                if saving:  # what fails now must not lose the checkpoint before
+                    fresh |= saving.check(wait=not all(map(math.isfinite, fresh.values())))
                 refuse_nonfinite(fresh, images, record)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
                 fresh.update(task.validate())
@@ -123,11 +125,9 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     log.info("%s images  %s  (%s)", f"{images:,}", said, task.where(images))
                 if tracker:
                     tracker.log(fresh, images)
-            if images > start and record and (ending or due(settings.checkpoint_every)):
+            if images > start and saving and (ending or due(settings.checkpoint_every)):
                 also = {"unsent": tracker.pending() if tracker else [], "left_out": left_out.known}
-                save(task, config, worker, record, images, clock, figures, also)
-                if tracker:
-                    task.saved(tracker, images)
+                saving.begin(images, clock, figures, also)
             show(images, figures)
             if ending:
                 break
@@ -145,6 +145,11 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             rate = lr(config.optim, images, settings.images)
             norms = [engine.step(rate, images, batch) for engine in task.engines.values()]
             meter.step(norms, rate, wait)
+
+        if saving and (last := saving.check(wait=True)):
+            figures.update(last)
+            if tracker:
+                tracker.log(last, images)
 
     seconds = max(clock.trained + clock.waited, 1e-9)
     overall = {"images_per_second": images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
@@ -262,77 +267,3 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
 
 def digest_seed(seed: int, images: int, rank: int) -> int:
     return int(digest_of([seed, images, rank])[:15], 16)
-
-
-# ------------------------------------------------------------------------------------------ checkpoint and resume
-
-
-def save(
-    task: Task,
-    config: Any,
-    worker: Worker,
-    record: runs.Record,
-    images: int,
-    clock: Clock,
-    figures: Mapping[str, Any],
-    also: Mapping[str, Any],
-) -> None:
-    """Gather on rank 0, write, commit.  Collective."""
-    tensors, scalars = {}, {}
-    for name, engine in task.engines.items():
-        states, scalars[name] = engine.states()
-        tensors.update({f"{name}.{kind}": named for kind, named in states.items()})
-    if worker.rank == 0:
-        state = {
-            "images": images,
-            "position": images,
-            "engines": scalars,
-            "seed": config.seed,  # all randomness is keyed by it and the position: no generator has a state to keep
-            "trained": clock.trained,
-            "waited": clock.waited,
-            "figures": dict(figures),
-            "unsent": [list(point) for point in also["unsent"]],
-            "left_out": also["left_out"],
-            "config": digest_of(identity_fields(config)),
-            "world": worker.world,
-            "stage": config.engine.stage if config.engine.kind == "deepspeed" else "torch",
-            "attempt": record.attempt,
-        }
-        checkpoint.save(record.artifacts, images, tensors, state, config.train.keep, record.check_current)
-    if worker.world > 1:
-        dist.barrier()  # no rank goes on, or ends, as if it were safe before it is
-
-
-def resume(task: Task, worker: Worker, record: runs.Record | None) -> dict[str, Any]:
-    """Load the newest checkpoint that is whole; {} if there is none.  Collective.
-
-    Raises:
-        DataError: there are some, and none is whole.
-    """
-    if record is None:
-        return {}
-    found: list[Any] = [checkpoint.committed(record.artifacts)]
-    if worker.world > 1:
-        dist.broadcast_object_list(found)  # the same choice everywhere
-    for images in reversed(found[0]):
-        try:
-            with checkpoint.opened(record.artifacts, images) as saved:
-                if agree(worker, False):
-                    continue
-                for name, engine in task.engines.items():
-                    kinds = [kind for kind in saved.tensors if kind.startswith(f"{name}.")]
-                    states = {kind.removeprefix(f"{name}."): saved.tensors[kind] for kind in kinds}
-                    engine.load(states, saved.state["engines"][name])
-        except DataError as error:
-            agree(worker, True)
-            log.error("%s; goes back to the one before", error)
-            continue
-        if worker.rank == 0:
-            log.info("resumes at %s images (%s)", f"{images:,}", task.where(images))
-            for damaged in (other for other in found[0] if other > images):
-                record.check_current()
-                checkpoint.discard(record.artifacts, damaged)
-        return saved.state
-    if found[0]:
-        raise DataError(f"none of the checkpoints under {record.artifacts.uri} is whole: remove them to start anew")
-    return {}

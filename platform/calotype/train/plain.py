@@ -1,4 +1,4 @@
-"""The step in plain PyTorch, and what it has in common with DeepSpeed's: AdamW, the clip, where weights lie."""
+"""The step in plain PyTorch, and what it has in common with DeepSpeed's: autocast, AdamW, clip, where weights lie."""
 
 from __future__ import annotations
 
@@ -23,8 +23,22 @@ class Piece:
     begin: int
     count: int
     partition: int  # index of the partition
-    rank: int  # whose partition; every rank has them if the engine replicates
+    rank: int  # whose partition; if the engine replicates, every rank has them, and this one saves them
     start: int  # first element there
+
+
+class Cast(nn.Module):
+    """Autocast inside the module, so that every engine computes alike (DeepSpeed undoes one put around it)."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+        self.kind = torch.device(device).type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.kind, self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(*args, **kwargs)
 
 
 def adamw(parameters: list[nn.Parameter], optim: config.Optim) -> torch.optim.AdamW:
@@ -55,7 +69,7 @@ class Plain:
         self.limit = optim.clip
         self.optimizer = adamw(self.parameters, optim)
         self.partitions: Sequence[Tensor] = self.parameters
-        self.pieces = whole(module)
+        self.pieces = dealt(module, worker.world)
         self.parallel: nn.parallel.DistributedDataParallel | None = None
         if worker.world > 1:
             devices = [torch.device(worker.device)] if worker.device.startswith("cuda") else None
@@ -90,6 +104,16 @@ def named(cast: nn.Module) -> list[tuple[str, Any]]:
     return [(name.removeprefix("module."), parameter) for name, parameter in cast.named_parameters()]
 
 
-def whole(cast: nn.Module) -> list[Piece]:
-    """Every parameter is a partition of its own, on every rank."""
-    return [Piece(name, 0, p.numel(), index, 0, 0) for index, (name, p) in enumerate(named(cast))]
+def dealt(cast: nn.Module, world: int) -> list[Piece]:
+    """Every parameter is a partition of its own, on every rank; each rank saves an equal share of their elements."""
+    parameters = named(cast)
+    total, offset = sum(p.numel() for _, p in parameters), 0
+    bounds = [total * rank // world for rank in range(world + 1)]
+    pieces = []
+    for index, (name, parameter) in enumerate(parameters):
+        for rank in range(world):
+            low, high = max(offset, bounds[rank]), min(offset + parameter.numel(), bounds[rank + 1])
+            if low < high:
+                pieces.append(Piece(name, low - offset, high - low, index, rank, low - offset))
+        offset += parameter.numel()
+    return pieces

@@ -1,0 +1,190 @@
+"""What each rank writes of a checkpoint (its format: `checkpoint.py`), and the commit that makes one of all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calotype.data.store import Store
+from calotype.train import plain
+from calotype.train.checkpoint import BUFFERS, COMMIT, FOLDER, FORMAT, Piece
+
+log = logging.getLogger(__name__)
+
+PART = 2**26  # bytes of tensors per file, unless one piece is larger: a copy of so many lies in memory while it is sent
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of one engine, on the CPU.
+
+    Attributes:
+        shapes: of all whole parameters.
+        pieces: this rank's, in the order in which they lie in each of `kinds`.
+        kinds: "weights", "exp_avg", "ema" ... -> fp32, 1-D: all pieces, one after the other.
+        buffers: whole; of one rank only.
+        ready: returns when `kinds` are filled; seconds that a GPU took for it.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    pieces: Sequence[Piece]
+    kinds: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    ready: Callable[[], float] = lambda: 0.0
+
+
+class Copies:
+    """Copies of one rank's pieces in host memory, pinned beside a GPU; the same memory every time."""
+
+    def __init__(self, pieces: Sequence[plain.Piece], device: str) -> None:
+        self.pieces = pieces
+        self._cuda = device.startswith("cuda")
+        self._memory: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, kinds: Mapping[str, Sequence[Tensor]]) -> tuple[dict[str, Tensor], Callable[[], float]]:
+        """Kind -> partitions => kind -> pieces, one after the other; and what waits until they are there.
+
+        On a GPU the copies are queued behind the steps taken, and before the next one: this thread does not wait.
+        """
+        began = _event() if self._cuda else None
+        counts = [piece.count for piece in self.pieces]
+        for kind, partitions in kinds.items():
+            if kind not in self._memory:
+                self._memory[kind] = torch.empty(sum(counts), pin_memory=self._cuda)
+            flat = {piece.partition: partitions[piece.partition].detach().reshape(-1) for piece in self.pieces}
+            parts = [flat[piece.partition][piece.start : piece.start + piece.count] for piece in self.pieces]
+            if parts:
+                torch._foreach_copy_(list(self._memory[kind].split(counts)), parts, non_blocking=self._cuda)
+        if began is None:
+            return dict(self._memory), lambda: 0.0
+        copied = _event()
+
+        def ready() -> float:
+            copied.synchronize()
+            return float(began.elapsed_time(copied)) / 1000
+
+        return dict(self._memory), ready
+
+
+def _event() -> torch.cuda.Event:
+    """A mark in the queue of the GPU."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def write(store: Store, images: int, rank: int, shares: Mapping[str, Share]) -> dict[str, Any]:
+    """Upload what one rank holds, by engine, once it is ready; what `commit` must know of it, as plain data."""
+    place = store.at(FOLDER, f"{images:012d}")
+    files: dict[str, dict[str, Any]] = {}
+    pieces: dict[str, dict[str, list[Piece]]] = {}
+    for engine, share in sorted(shares.items()):
+        for number, (some, first, last) in enumerate(_parts(share.pieces)):
+            where = f"{rank:05d}-{number:05d}"
+            pieces.setdefault(engine, {})[where] = some
+            for kind, values in sorted(share.kinds.items()):
+                data = _safetensors(values[first:last], some)
+                files |= _put(place, f"{engine}.{kind}-{where}", "safetensors", data)
+        if share.buffers:
+            from safetensors.torch import save as serialise
+
+            whole = {name: buffer.contiguous() for name, buffer in share.buffers.items()}
+            files |= _put(place, f"{engine}.{BUFFERS}-{rank:05d}-00000", "safetensors", serialise(whole))
+    return {"files": files, "pieces": pieces}
+
+
+def commit(
+    store: Store,
+    images: int,
+    shapes: Mapping[str, Mapping[str, Sequence[int]]],
+    parts: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Any],
+    allowed: Callable[[], None] = lambda: None,
+) -> bool:
+    """Make a checkpoint of what all ranks wrote.
+
+    Args:
+        store: the run's artifact root.
+        shapes: engine -> parameter -> shape.
+        parts: what `write` gave, of every rank.
+        allowed: raises if this attempt of the run may not write any more; asked right before the commit.
+
+    Returns:
+        False if these images were committed already (the older commit stands).
+    """
+    place = store.at(FOLDER, f"{images:012d}")
+    files = {key: row for part in parts for key, row in part["files"].items()}
+    pieces: dict[str, dict[str, list[Piece]]] = {engine: {} for engine in shapes}
+    for part in parts:
+        for engine, some in part["pieces"].items():
+            pieces[engine] |= some
+    _check_whole(shapes, pieces)
+    index = {"shapes": shapes, "pieces": pieces}
+    files |= _put(place, "index", "json", json.dumps(index, sort_keys=True, separators=(",", ":")).encode())
+    files |= _put(place, "state", "json", json.dumps(state, indent=1, sort_keys=True).encode())
+    allowed()
+    made = {"format": FORMAT, "images": images, "files": files}
+    fresh = place.publish(COMMIT, json.dumps(made, indent=1, sort_keys=True).encode())
+    if not fresh:
+        log.warning("%s was committed before: that one stands", place.uri)
+    return fresh
+
+
+def _parts(pieces: Sequence[Piece]) -> Iterator[tuple[list[Piece], int, int]]:
+    """Pieces of one file, and which elements of the share they are."""
+    part: list[Piece] = []
+    first = last = 0
+    for piece in pieces:
+        if part and 4 * (last - first + piece[2]) > PART:
+            yield part, first, last
+            part, first = [], last
+        part.append(piece)
+        last += piece[2]
+    if part:
+        yield part, first, last
+
+
+def _safetensors(values: Tensor, pieces: Sequence[Piece]) -> bytes:
+    """fp32 values of the pieces, one after the other, as a safetensors file.
+
+    Laid out here and not by the library, which copies twice and holds the interpreter that takes the next step.
+    """
+    header, last = {}, 0
+    for name, _, count in pieces:
+        header[name] = {"dtype": "F32", "shape": [count], "data_offsets": [last, last := last + 4 * count]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, values.numpy().data.cast("B")])
+
+
+def _put(place: Store, name: str, suffix: str, data: bytes) -> dict[str, dict[str, Any]]:
+    digest = hashlib.sha256(data).hexdigest()
+    key = f"{name}-{digest[:16]}.{suffix}"
+    place.publish(key, data)
+    return {key: {"sha256": digest, "bytes": len(data)}}
+
+
+def _check_whole(
+    shapes: Mapping[str, Mapping[str, Sequence[int]]], pieces: Mapping[str, Mapping[str, Sequence[Piece]]]
+) -> None:
+    """Every element of every parameter lies in one piece."""
+    for engine, named in shapes.items():
+        there: dict[str, list[tuple[int, int]]] = {name: [] for name in named}
+        for name, begin, count in (piece for part in pieces[engine].values() for piece in part):
+            there[name].append((begin, count))
+        for name, shape in named.items():
+            last = 0
+            for begin, count in sorted(there[name]):
+                assert begin == last, f"{engine} {name}: saved twice, or not at all, from element {min(begin, last)} on"
+                last = begin + count
+            assert last == prod(shape), f"{engine} {name}: {last} of {prod(shape)} elements are saved"
