@@ -199,6 +199,9 @@ class Engine:
     stage: int = setting(0, "ZeRO stage: 0 none | 1 optimizer | 2 + gradients | 3 + weights", identity=False)
     precision: str = setting("fp32", "fp32 | bf16 | fp16: compute; master weights are fp32")
     micro_batch: int = setting(0, "images per forward on one worker; 0 = all of its share", identity=False)
+    checkpoint_activations: bool = setting(
+        False, "compute blocks again in the backward pass: less memory, about a third more time", identity=False
+    )
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,11 @@ class Cluster:
     workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
+    memory_gb: float = setting(
+        0.0, "GB of a worker's GPU: what does not fit is refused on submit; 0: not known", identity=False
+    )
+    peak_tflops: float = setting(0.0, "dense peak of a worker, for its MFU; 0: as the data sheet says", identity=False)
+    price: float = setting(0.0, "of one worker for an hour: the run says its cost; 0: not known", identity=False)
 
 
 @dataclass(frozen=True)
