@@ -121,6 +121,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     from calotype.model.build import checkpoint_activations
     from calotype.model.denoiser import build_denoiser
     from calotype.model.diffusion import Diffusion
+    from calotype.tasks.spent import Spent
     from calotype.train import loop
     from calotype.train.engine import Engine
 
@@ -145,6 +146,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     source_of = batches.source_of(config.data, config.root, latents, manifest)
     held_out = HeldOut(config, worker, source_of("held_out"), rows, micro)
     grid = Grid(config, worker, manifest)
+    spent = Spent(config, worker, cache.shape_of(manifest.meta["encoding"]), record)
 
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
@@ -155,6 +157,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         batches=stream.seek,
         left_out=lambda: stream.skipped,
         retries=lambda: stream.retries,
+        also=spent.figures,
         where=stream.where,
         prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
         step=step,
@@ -168,7 +171,9 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     except DataError:
         _refuse_superseded(record, manifest.digest, cache.load_cache(root, config).digest)
         raise
-    return {} if figures.pop("stopped") else figures
+    if figures.pop("stopped"):
+        return {}
+    return {**figures, **spent.figures(figures), "flops_per_image": spent.flops}
 
 
 def _arrays(config: TrainDenoiser) -> tuple[str, ...]:

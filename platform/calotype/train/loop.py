@@ -52,6 +52,7 @@ class Task:
         draw: collective -> a PIL image on rank 0.
         left_out: ids and reasons of samples that this rank's batches lack.
         retries: reads that this rank had to repeat so far.
+        also: figures of rank 0 -> more of them.
         where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
@@ -64,6 +65,7 @@ class Task:
     draw: Callable[[], Any] = lambda: None
     left_out: Callable[[], Mapping[str, str]] = dict
     retries: Callable[[], int] = int
+    also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {}
     where: Callable[[int], str] = "cursor {:,}".format
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
@@ -109,6 +111,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
                 fresh = meter.read(clock) | left_out.read()
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
+                fresh.update(task.also(fresh))
                 refuse_nonfinite(fresh, images, record)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
                 fresh.update(task.validate())
