@@ -16,8 +16,8 @@ PLATFORM = ROOT / "platform"
 # A room may import rooms of its own floor and of the floors below.
 FLOORS = (
     ("errors", "config", "checks", "compose", "environment", "console", "sentences", "outbox", "provenance"),
-    ("data", "model", "train", "track", "runs", "pictures", "listing", "caches"),
-    ("tasks", "cluster", "cli", "data_verbs", "cache_verbs", "plan_verb", "demo", "__main__"),
+    ("data", "model", "train", "track", "runs", "pictures", "listing", "caches", "registry"),
+    ("tasks", "cluster", "cli", "data_verbs", "cache_verbs", "plan_verb", "model_verbs", "demo", "__main__"),
     ("jobs", "hydra_plugins"),
 )
 # Narrower than floors: rooms of one floor that must not see each other.

@@ -96,11 +96,11 @@ def begin(config: Any, job: str = "sample") -> runs.Record:
 
 
 def seen(record: runs.Record) -> Any:
-    return track._client().get_run(record.mlflow_run_id)
+    return track.connect().get_run(record.mlflow_run_id)
 
 
 def history(record: runs.Record, key: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in track._client().get_metric_history(record.mlflow_run_id, key)]
+    return [(m.step, m.value) for m in track.connect().get_metric_history(record.mlflow_run_id, key)]
 
 
 def until(what: Any, seconds: float = 20) -> None:
@@ -249,9 +249,9 @@ def test_many_jobs_may_open_an_experiment_at_once(wire: Wire, settings: Any) -> 
     with ThreadPoolExecutor(6) as pool:
         opened = list(pool.map(lambda number: track.create_run(settings, "sample", f"{number:032x}"), range(6)))
     assert len({run for run, _ in opened}) == 6
-    experiments = {track._client().get_run(run).info.experiment_id for run, _ in opened}
+    experiments = {track.connect().get_run(run).info.experiment_id for run, _ in opened}
     assert len(experiments) == 1
-    track._client().delete_experiment(experiments.pop())
+    track.connect().delete_experiment(experiments.pop())
     with pytest.raises(ConfigError, match="deleted"):
         track.create_run(settings, "sample", "0" * 32)
 
@@ -261,7 +261,7 @@ def test_the_runs_of_a_sweep_are_children_of_one(wire: Wire, settings: Any) -> N
     child = dataclasses.replace(settings, track=dataclasses.replace(settings.track, parent=parent))
     assert seen(begin(child)).data.tags["mlflow.parentRunId"] == parent
     track.close_parent(parent, "FAILED")
-    assert track._client().get_run(parent).info.status == "FAILED"
+    assert track.connect().get_run(parent).info.status == "FAILED"
 
 
 def test_no_server_is_said_in_a_sentence(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_lineage_goes_from_dataset_over_autoencoder_to_denoiser(wire: Wire, sett
     assert [(d.dataset.name, d.dataset.digest) for d in made.inputs.dataset_inputs] == [("digits", "a1" * 16)]
     assert json.loads(made.inputs.dataset_inputs[0].dataset.source)["uri"] == "s3://b/datasets/digits"
     (model,) = made.outputs.model_outputs
-    stored = track._client().get_logged_model(model.model_id)
+    stored = track.connect().get_logged_model(model.model_id)
     assert stored.status == "READY"
     assert stored.tags["calotype.images"] == "200"
     assert stored.source_run_id == autoencoder.mlflow_run_id

@@ -16,7 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from calotype import __version__, cache_verbs, compose, console, data_verbs, listing, plan_verb, runs, track
+from calotype import (
+    __version__,
+    cache_verbs,
+    compose,
+    console,
+    data_verbs,
+    listing,
+    model_verbs,
+    plan_verb,
+    runs,
+    track,
+)
 from calotype.config import JOBS
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
@@ -325,16 +336,6 @@ def cancel(args: argparse.Namespace) -> int:
     return 0
 
 
-def export(args: argparse.Namespace) -> int:
-    from calotype.cluster import local
-    from calotype.tasks.export import export_run
-
-    local.check_up(home(), args.root)
-    export_run(args.root, args.run, Path(args.folder))
-    print(f"{args.folder}: diffusers.StableDiffusionPipeline.from_pretrained({args.folder!r}) loads it")
-    return 0
-
-
 def demo(args: argparse.Namespace) -> int:
     from calotype.demo import run_demo
 
@@ -363,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     verb("status", "show the services, their URLs and health", show_status)
     verb("down", "stop the embedded services; what they hold stays", stop_stack)
     verbs.add_parser("submit", help="run a job on the cluster: calotype submit JOB [overrides...]", add_help=False)
-    verbs.add_parser("plan", help="what a job will take: calotype plan cache_latents [overrides...]", add_help=False)
+    verbs.add_parser("plan", help="what a job will take: calotype plan JOB [overrides...]", add_help=False)
     verb("ps", "list submissions", show_submissions)
     logs = verb("logs", "print the log of a submission", show_logs)
     logs.add_argument("id")
@@ -376,10 +377,7 @@ def parser() -> argparse.ArgumentParser:
     root(listed)
     data_verbs.add_to(verbs)
     cache_verbs.add_to(verbs)
-    out = verb("export", "write a diffusers folder that StableDiffusionPipeline loads", export)
-    out.add_argument("run", metavar="RUN", help="run:NAME or identity of a train_denoiser run")
-    out.add_argument("folder", metavar="DIR")
-    root(out)
+    model_verbs.add_to(verbs)
     root(verb("demo", "everything once, on this machine: digits, drawn from text", demo))
     return top
 

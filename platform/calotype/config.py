@@ -229,6 +229,9 @@ class Engine:
         "TORCHINDUCTOR_CACHE_DIR",
         identity=False,
     )
+    checkpoint_activations: bool = setting(
+        False, "compute blocks again in the backward pass: less memory, about a third more time", identity=False
+    )
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,11 @@ class Cluster:
     workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
+    memory_gb: float = setting(
+        0.0, "GB of a worker's GPU: what does not fit is refused on submit; 0: not known", identity=False
+    )
+    peak_tflops: float = setting(0.0, "dense peak of a worker, for its MFU; 0: as the data sheet says", identity=False)
+    price: float = setting(0.0, "of one worker for an hour: the run says its cost; 0: not known", identity=False)
 
 
 @dataclass(frozen=True)

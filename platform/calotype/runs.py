@@ -277,6 +277,19 @@ def first_attempt_started(record: Record) -> float:
     return float(claim.get("started", time.time()))
 
 
+def lived(record: Record) -> float:
+    """Seconds that the attempts took, this one until now; of one that was killed, as far as it counted."""
+    total = 0.0
+    for number in range(1, record.attempt + 1):
+        claim, end, beats = (
+            _read_json(record.store, f"attempts/{number:04d}.{kind}") for kind in ("json", "end", "alive")
+        )
+        if number == record.attempt:
+            end = {"ended": time.time()}
+        total += end["ended"] - claim["started"] if end and claim else BEAT * (beats or 0)
+    return float(total)
+
+
 def driver_host(record: Record) -> str:
     """The machine that this attempt's driver runs on."""
     return str((_read_json(record.store, f"attempts/{record.attempt:04d}.json") or {}).get("host", ""))

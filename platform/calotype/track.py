@@ -96,7 +96,7 @@ def create_run(config: Any, job: str, identity: str) -> tuple[str, str]:
 def discard_run(run_id: str) -> None:
     """Delete a run that lost the race for its identity."""
     if run_id:
-        _client().delete_run(run_id)
+        connect().delete_run(run_id)
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def open_parent(config: Any, job: str) -> str:
 def close_parent(run_id: str, status: str) -> None:
     """End a sweep's run."""
     if run_id:
-        _client().set_terminated(run_id, status)
+        connect().set_terminated(run_id, status)
 
 
 def page(run_id: str) -> str:
@@ -150,7 +150,7 @@ def page(run_id: str) -> str:
     address = re.sub(r"//[^/@]*@", "//", os.environ.get("MLFLOW_TRACKING_URI", ""))  # no password in a log
     with contextlib.suppress(Exception):  # a finished job stays finished
         if run_id and address:
-            experiment = _client().get_run(run_id).info.experiment_id
+            experiment = connect().get_run(run_id).info.experiment_id
             return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
     return ""
 
@@ -314,7 +314,7 @@ class _Server:
     left: Callable[[], list[Point]]
 
     def connect(self) -> Any:
-        return _client()
+        return connect()
 
     def held(self, client: Any) -> tuple[float, dict[str, int], list[Point]]:
         run = client.get_run(self.run)
@@ -331,7 +331,7 @@ class _Server:
         return isinstance(error, ConfigError) or (400 <= status < 500 and status not in (401, 403, 408, 425, 429))
 
 
-def _client() -> Any:
+def connect() -> Any:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ConfigError("MLFLOW_TRACKING_URI is not set: start the embedded stack with `calotype up`, or track=none")
     # The client's own retries would hold a thread for minutes; the outbox has its own.
@@ -347,7 +347,7 @@ def _create(config: Any, name: str, tags: dict[str, str]) -> tuple[str, str]:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            client = _client()
+            client = connect()
             run = client.create_run(_experiment(client, config), tags=tags, run_name=name)
             break
         except Exception as error:  # as in Outbox: whatever a server that is not well makes of a request

@@ -82,8 +82,8 @@ def common(root: str) -> dict[str, Any]:
 
 
 def settings(root: str, **changes: Any) -> C.TrainDenoiser:
-    """Changes: kind, stage, precision, micro_batch (engine); the rest are settings of `train`."""
-    engine = {"kind": "torch", "stage": 0, "precision": "fp32", "micro_batch": 0}
+    """Changes: settings of `engine`, or of `train`."""
+    engine = {"kind": "torch", "stage": 0, "precision": "fp32", "micro_batch": 0, "checkpoint_activations": False}
     engine |= {key: changes.pop(key) for key in list(changes) if key in engine}
     train = {"images": BATCH * STEPS, "batch": BATCH, "window": 8, "log_every": 1, "validate_every": 0,
              "sample_every": 0, "checkpoint_every": 10**9, "keep": 100}  # fmt: skip
@@ -396,9 +396,12 @@ def test_losses_are_weighted_where_asked(both: Callable[..., C.TrainDenoiser]) -
     assert 5 < int((snr > 5).sum()) < 45
 
 
-def test_accumulation_does_not_change_losses(done: Runs, root: str) -> None:
-    done.spawn(1, [{"name": "micro", "micro_batch": 3, "images": 10 * BATCH}])
-    assert close(done.losses("micro"), done.losses("torch"), range(1, 11)) < 1e-5
+def test_neither_accumulation_nor_checkpointed_activations_change_losses(done: Runs, root: str) -> None:
+    again = {"checkpoint_activations": True, "images": 10 * BATCH}
+    three = {"name": "again", "kind": "deepspeed", "stage": 3, **again}  # whose weights come and go beside the blocks
+    done.spawn(1, [{"name": "micro", "micro_batch": 3, **again}, three])
+    for name in ("micro", "again"):
+        assert close(done.losses(name), done.losses("torch"), range(1, 11)) < 1e-5
 
 
 def test_start_from_a_run_and_from_its_folder(root: str, tmp_path: Path) -> None:
@@ -429,6 +432,9 @@ def test_resolve_refuses_early(root: str) -> None:
     nothing = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, init_from="run:none"))
     with pytest.raises(CalotypeError, match="none"):
         denoiser.resolve(nothing)
+    small = dataclasses.replace(config.cluster, gpus=1, memory_gb=1e-4)
+    with pytest.raises(CalotypeError, match=r"takes .* GB of each worker's cluster\.memory_gb=0\.0001"):
+        denoiser.resolve(dataclasses.replace(config, cluster=small))
 
 
 def test_a_run_does_not_go_on_in_a_cache_that_lost_samples(root: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -76,6 +76,6 @@ def test_as_people_type_it(tmp_path: Path, typed: Callable[..., tuple[int, str]]
     status, out = said("cache_latents", *settings, "--rate", "11", "--json")
     assert json.loads(out)["hours"] == pytest.approx(2 / 3600)
     assert said("cache_latents", "--rate", "none")[0] == 2
-    status, out = said("train_denoiser")
-    assert (status, "no plan for the job 'train_denoiser' yet" in out) == (1, True)
+    status, out = said("prepare")
+    assert (status, "no plan for the job 'prepare', only for cache_latents and train_denoiser" in out) == (1, True)
     assert said("--help")[0] == 0

@@ -32,6 +32,13 @@ def instantiate(spec: Mapping[str, Any], **extra: Any) -> Any:
     return _call(spec["_target_"], {**arguments, **extra})
 
 
+def checkpoint_activations(module: Any) -> None:
+    """Keep the inputs of blocks for the backward pass, which computes the rest again (Chen et al. 2016)."""
+    for part in module.modules():
+        if hasattr(part, "enable_gradient_checkpointing"):  # diffusers' word for it
+            part.enable_gradient_checkpointing()
+
+
 def target(name: str) -> type:
     """The class that `name` means, if a config may name it.
 

@@ -66,7 +66,8 @@ class Conditioner(nn.Module):
         Several texts are joined along L; there is a mask where one of them has one.
         """
         sequences = [
-            self.encoders[name](input_ids=cond[name].long())[0] if name in self.encoders else cond[name]
+            # Stored embeddings are float16, which bf16's autocast refuses to join.
+            self.encoders[name](input_ids=cond[name].long())[0] if name in self.encoders else cond[name].float()
             for name in self.cross
         ]
         hidden = torch.cat(sequences, dim=1) if sequences else None

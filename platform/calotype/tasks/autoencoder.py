@@ -63,6 +63,7 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
     import torch
 
     from calotype.model.autoencoder import load_autoencoder
+    from calotype.model.build import checkpoint_activations
     from calotype.train import loop
     from calotype.train.engine import Engine
 
@@ -71,6 +72,8 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # every worker starts from the same weights
         model = load_autoencoder(config.autoencoder)
+    if config.engine.checkpoint_activations:
+        checkpoint_activations(model)
     micro = loop.micro_batch(config, worker.world)
     engine = Engine(
         model, config.optim, config.engine, worker, loop.accumulation(micro, config.train.batch, worker.world)

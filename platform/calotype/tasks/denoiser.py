@@ -23,7 +23,7 @@ from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.model import folders
-from calotype.tasks import batches
+from calotype.tasks import batches, memory
 from calotype.tasks.cache import resolve_inputs
 from calotype.train import checkpoint
 
@@ -57,6 +57,7 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
         raise ConfigError(f"dataset {config.data.name} has no training images: prepare it with a smaller data.held_out")
     config = replace(config, data=batches.resolve(config.data, config.root, (latents, found)))
     batches.check(config, batches.source_of(config.data, config.root, latents, found)("train"))
+    memory.refuse_too_big(config)
     config = resolve_start(replace(config, cache=found.digest))
     record = runs.load(config.root, compose.identity("train_denoiser", config))
     if record is not None and not runs.done("train_denoiser", config):
@@ -117,8 +118,10 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     import torch
 
     from calotype.model import conditioner
+    from calotype.model.build import checkpoint_activations
     from calotype.model.denoiser import build_denoiser
     from calotype.model.diffusion import Diffusion
+    from calotype.tasks.spent import Spent
     from calotype.train import loop
     from calotype.train.engine import Engine
 
@@ -135,12 +138,15 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         model = build_denoiser(bare if resumes else config, cache.shape_of(manifest.meta["encoding"]))
     if not resumes:
         start_from_run(config, model)
+    if config.engine.checkpoint_activations:
+        checkpoint_activations(model)
     steps = loop.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
     source_of = batches.source_of(config.data, config.root, latents, manifest)
     held_out = HeldOut(config, worker, source_of("held_out"), rows, micro)
     grid = Grid(config, worker, manifest)
+    spent = Spent(config, worker, cache.shape_of(manifest.meta["encoding"]), record)
 
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NAME: losses(engine, diffusion, part)}
@@ -151,6 +157,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         batches=stream.seek,
         left_out=lambda: stream.skipped,
         retries=lambda: stream.retries,
+        also=spent.figures,
         where=stream.where,
         prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
         step=step,
@@ -164,7 +171,9 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     except DataError:
         _refuse_superseded(record, manifest.digest, cache.load_cache(root, config).digest)
         raise
-    return {} if figures.pop("stopped") else figures
+    if figures.pop("stopped"):
+        return {}
+    return {**figures, **spent.figures(figures), "flops_per_image": spent.flops}
 
 
 def _arrays(config: TrainDenoiser) -> tuple[str, ...]:

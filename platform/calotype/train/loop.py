@@ -51,6 +51,7 @@ class Task:
         draw: collective -> a PIL image on rank 0.
         left_out: ids and reasons of samples that this rank's batches lack.
         retries: reads that this rank had to repeat so far.
+        also: figures of rank 0 -> more of them.
         where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
@@ -63,6 +64,7 @@ class Task:
     draw: Callable[[], Any] = lambda: None
     left_out: Callable[[], Mapping[str, str]] = dict
     retries: Callable[[], int] = int
+    also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {}
     where: Callable[[int], str] = "cursor {:,}".format
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
@@ -111,6 +113,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 if saving:  # what fails now must not lose the checkpoint before
                     fresh |= saving.check(wait=not all(map(math.isfinite, fresh.values())))
+                fresh.update(task.also(fresh))
                 refuse_nonfinite(fresh, images, record)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
                 fresh.update(task.validate())

@@ -1,0 +1,107 @@
+"""Whether training a denoiser fits into the memory of its workers, at which ZeRO stage, with how many images at once.
+
+No weight is made for it: model/cost.py runs the network without numbers, train/memory.py holds the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from calotype import checks
+from calotype.config import TrainDenoiser
+from calotype.errors import ConfigError
+from calotype.train.memory import Memory, per_rank
+
+ROOM = 0.9  # of a worker's memory; the rest is the device's own, kernels' workspaces, and what is lost between blocks
+STAGES = (("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train: what a worker holds, and the largest micro-batch that fits (0: none), up to its share.
+
+    Attributes:
+        engine: as it is typed: torch, zero0 ... zero3.
+        memory: without activations.
+        once, each: bytes of activations, per micro-batch and per image.
+        bytes: of the micro-batch that the settings ask for.
+    """
+
+    engine: str
+    checkpoint_activations: bool
+    memory: Memory
+    once: int
+    each: int
+    micro_batch: int
+    bytes: int
+
+
+def refuse_too_big(config: TrainDenoiser) -> None:
+    """On submit, where the memory of a worker's device is known: an engine that will not fit there.
+
+    Raises:
+        ConfigError: names the settings that would.
+    """
+    if not (config.cluster.gpus and config.cluster.memory_gb):
+        return
+    memory = round(config.cluster.memory_gb * 1e9)
+    found = options(config, memory)
+    mine = same(config, found)
+    if mine.bytes > ROOM * memory:
+        way = " ".join(advice(config, found))
+        raise ConfigError(
+            f"engine={mine.engine} with {wanted(config)} images per forward takes {mine.bytes / 1e9:.1f} GB of each "
+            f"worker's cluster.memory_gb={config.cluster.memory_gb:g}, of which a tenth is left free: "
+            + (f"set {way}" if way else "no ZeRO stage fits even one image, use more workers or a smaller denoiser")
+        )
+
+
+def options(config: TrainDenoiser, memory: int) -> list[Option]:
+    """Every engine, and each with activations checkpointed, smallest stage first."""
+    from calotype.model import cost
+
+    shape, gpu = checks.latent_shape(config.autoencoder, config.encoding.resolution), bool(config.cluster.gpus)
+    parameters, made = cost.parameters(config, shape), []
+    for again in (False, True):
+        how = replace(config, engine=replace(config.engine, checkpoint_activations=again))
+        kept = cost.activations(how, shape, gpu)
+        for kind, stage in STAGES:
+            held = per_rank(parameters, config.cluster.workers, kind, stage, bool(config.ema.halflife), gpu)
+            states = held.whole + kept.once
+            most = min(max(int((ROOM * memory - states) // max(kept.each, 1)), 0), share(config))
+            name = kind if kind == "torch" else f"zero{stage}"
+            made.append(Option(name, again, held, kept.once, kept.each, most, states + kept.each * wanted(config)))
+    return made
+
+
+def advice(config: TrainDenoiser, found: Sequence[Option]) -> list[str]:
+    """Settings of the smallest stage at which the micro-batch fits that they ask for; else the one that holds most."""
+    mine = same(config, found)
+    staged = [one for one in found if one.engine != "torch" or mine.engine == "torch"]
+    fits = [one for one in staged if one.micro_batch >= wanted(config)]
+    best = fits[0] if fits else max(staged, key=lambda one: one.micro_batch)
+    if not best.micro_batch:
+        return []
+    words = [f"engine={best.engine}"]
+    if best.micro_batch < wanted(config) or config.engine.micro_batch:
+        words.append(f"engine.micro_batch={min(best.micro_batch, wanted(config))}")
+    return words + (["engine.checkpoint_activations=true"] if best.checkpoint_activations else [])
+
+
+def same(config: TrainDenoiser, found: Sequence[Option]) -> Option:
+    """The option that the settings choose."""
+    engine = config.engine
+    name = engine.kind if engine.kind == "torch" else f"zero{engine.stage}"
+    return next(
+        one for one in found if (one.engine, one.checkpoint_activations) == (name, engine.checkpoint_activations)
+    )
+
+
+def share(config: TrainDenoiser) -> int:
+    return math.ceil(config.train.batch / config.cluster.workers)
+
+
+def wanted(config: TrainDenoiser) -> int:
+    return min(config.engine.micro_batch or share(config), share(config))

@@ -1,0 +1,135 @@
+"""promote: the best checkpoint of a finished run becomes a version of a registered model in MLflow."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from calotype import registry, runs
+from calotype.config import TrainDenoiser
+from calotype.data.store import Store
+from calotype.errors import CalotypeError, ConfigError
+from calotype.tasks.sample import load_denoiser, trained
+from calotype.train import checkpoint
+
+METRIC = "validation_loss"
+INDEX = "model_index.json"  # of a diffusers folder: written last, so that a part of one is none
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A version of a registered model.
+
+    Attributes:
+        fresh: it was made now.
+        export: where its diffusers folder lies; "" where diffusers' pipeline has no place for it, and `why`.
+    """
+
+    model: str
+    version: str
+    images: int
+    fresh: bool
+    export: str
+    why: str = ""
+
+
+def promote(root: str, reference: str, model: str = "", alias: str = "") -> Promoted:
+    """Register the averaged weights with the least validation loss, or the last ones where there is none.
+
+    A model that StableDiffusionPipeline has no place for is registered too, without an export: `calotype sample` draws
+    with it all the same, and the version says why.
+
+    Args:
+        model: name of the registered model; that of the run's dataset if empty.
+        alias: is moved to the version.
+
+    Raises:
+        CalotypeError: the run is not finished, is not in MLflow, or MLflow refuses.
+    """
+    record = runs.find(root, "train_denoiser", reference)
+    if record.status() != "finished":
+        raise CalotypeError(f"train_denoiser {record.name} is {record.status()}, not finished: nothing is promoted yet")
+    if not record.mlflow_run_id:
+        raise CalotypeError(
+            f"train_denoiser {record.name} was trained with track=none: MLflow has no run that a version could be of"
+        )
+    settings = trained(record)
+    model = model or settings.data.name
+    images, loss = best(record)
+    digest = checkpoint.digest(record.artifacts, images)
+    place = record.artifacts.at("exports", f"{images:012d}-{digest[:16]}")
+    version, why = registry.version_of(model, digest), ""
+    if fresh := not version:
+        why = "" if place.exists(INDEX) else _export(record, settings, digest, place)
+        source = record.artifacts.at(checkpoint.FOLDER, f"{images:012d}") if why else place
+        told = _told(record, settings, images, loss, why)
+        grid = _grid(record, images)
+        if grid and not why:
+            place.write("samples.png", record.artifacts.read(grid))
+        words = f"{METRIC} {loss:.4g} at " if loss is not None else ""
+        shown = f"Samples: `{record.artifacts.uri}/{grid}`" if grid else "No samples were drawn while it trained."
+        description = f"{record.name}: {words}{images:,} images. {shown}{f' No export: {why}' if why else ''}"
+        version = registry.register(record, model, digest, source.uri, told, description)
+    if alias:
+        registry.point(model, alias, version)
+    return Promoted(model, version, images, fresh, place.uri if place.exists(INDEX) else "", why)
+
+
+def best(record: runs.Record) -> tuple[int, float | None]:
+    """(images seen, validation loss) of the best checkpoint that is kept; the newest of equals, or where none has one.
+
+    Raises:
+        CalotypeError: there is no checkpoint.
+    """
+    found: list[tuple[float, int]] = []
+    for images in checkpoint.committed(record.artifacts):
+        with checkpoint.opened(record.artifacts, images, ()) as saved:
+            found.append((saved.state["figures"].get(METRIC, float("inf")), -images))
+    if not found:
+        raise CalotypeError(f"train_denoiser {record.name} has no checkpoint any more: train it again")
+    loss, negative = min(found)
+    return -negative, loss if loss < float("inf") else None
+
+
+def _export(record: runs.Record, settings: TrainDenoiser, digest: str, place: Store) -> str:
+    """Put a diffusers folder at `place`; or why diffusers has no place for such a model."""
+    from calotype.model.export import check_exportable, export
+
+    try:
+        check_exportable(settings)
+    except ConfigError as error:
+        return str(error)
+    made = load_denoiser(record, digest=digest)
+    with tempfile.TemporaryDirectory(prefix="calotype-") as name:
+        try:
+            export(Path(name), made.denoiser, made.autoencoder, settings, made.mean, made.std)
+        except ConfigError as error:
+            return str(error)
+        files = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == INDEX):
+            place.write(str(path.relative_to(name)), path)
+    return ""
+
+
+def _told(record: runs.Record, settings: TrainDenoiser, images: int, loss: float | None, why: str) -> dict[str, str]:
+    """Lineage, as tags."""
+    return registry.tags_of(
+        {
+            "run": record.identity,
+            "name": record.name,
+            "images": images,
+            METRIC: loss,
+            "dataset": f"{settings.data.name} {settings.data.digest}",
+            "cache": settings.cache,
+            "autoencoder": f"{settings.autoencoder.path} {settings.autoencoder.digest}".strip(),
+            "export": why or "diffusers",
+        }
+    )
+
+
+def _grid(record: runs.Record, images: int) -> str:
+    """Key of the newest picture of samples that was drawn by then; "" if there is none."""
+    drawn = [entry.key for entry in record.artifacts.list("images/samples+step+") if entry.key.endswith(".png")]
+    steps = [(int(key.split("+")[2]), key) for key in drawn]
+    return max((pair for pair in steps if pair[0] <= images), default=(0, ""))[1]
