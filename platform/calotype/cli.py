@@ -330,7 +330,7 @@ def export(args: argparse.Namespace) -> int:
     from calotype.tasks.export import export_run
 
     local.check_up(home(), args.root)
-    export_run(args.root, args.run, Path(args.folder))
+    export_run(args.root, args.run, Path(args.folder), args.ema)
     print(f"{args.folder}: diffusers.StableDiffusionPipeline.from_pretrained({args.folder!r}) loads it")
     return 0
 
@@ -377,8 +377,9 @@ def parser() -> argparse.ArgumentParser:
     data_verbs.add_to(verbs)
     cache_verbs.add_to(verbs)
     out = verb("export", "write a diffusers folder that StableDiffusionPipeline loads", export)
-    out.add_argument("run", metavar="RUN", help="run:NAME or identity of a train_denoiser run")
+    out.add_argument("run", metavar="RUN", help="run:NAME, run:NAME@IMAGES or identity of a train_denoiser run")
     out.add_argument("folder", metavar="DIR")
+    out.add_argument("--ema", type=int, default=0, metavar="HALFLIFE", help="one of its ema.halflives")
     root(out)
     root(verb("demo", "everything once, on this machine: digits, drawn from text", demo))
     return top
