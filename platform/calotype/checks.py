@@ -75,6 +75,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.lr": (0, 1e3),
     "optim.clip": (0, 1e9),
     "ema.halflife": (0, 1e12),
+    "ema_halflife": (0, 1e12),
     "train.images": (1, 1e15),
     "train.batch": (1, 1e7),
     "train.window": (1, 1e7),

@@ -124,7 +124,7 @@ class Denoiser:
     """The network that is trained; sizes left out of `model` follow from latents and conditions."""
 
     model: dict[str, Any] = setting({}, "`_target_` and arguments of the diffusers denoiser")
-    init_from: str = setting("", "start from weights: run:NAME or a diffusers folder", identity=False)
+    init_from: str = setting("", "start from weights: run:NAME, run:NAME@IMAGES or a diffusers folder", identity=False)
     init_digest: str = setting("", "digest of init_from; filled in on submit")
 
 
@@ -341,13 +341,14 @@ class TrainDenoiser(Job):
 class Sample(Job):
     """Pictures from a trained denoiser."""
 
-    run: str = setting(MISSING, "run:NAME of a train_denoiser run, or its identity", identity=False)
+    run: str = setting(MISSING, "run:NAME or run:NAME@IMAGES of a train_denoiser run, or its identity", identity=False)
     run_digest: str = setting("", "checkpoint that is sampled; filled in on submit")
     prompts: list[Any] = setting([], "texts or labels, one image each")
     prompts_file: str = setting("", "a text file, one prompt per line, instead of prompts", identity=False)
     per_prompt: int = setting(1, "images per prompt")
     sampler: Sampler = setting(Sampler, "")
     ema: bool = setting(True, "sample the averaged weights")
+    ema_halflife: int = setting(0, "which average: one of the run's ema.halflives; 0 for its ema.halflife")
     out: str = setting("", "also copy the pictures into this folder, here", identity=False)
 
 
@@ -355,10 +356,11 @@ class Sample(Job):
 class Evaluate(Job):
     """How good a denoiser is: recognised prompts, FID, KID, autoencoder PSNR, speed."""
 
-    run: str = setting(MISSING, "run:NAME of a train_denoiser run, or its identity", identity=False)
+    run: str = setting(MISSING, "run:NAME or run:NAME@IMAGES of a train_denoiser run, or its identity", identity=False)
     run_digest: str = setting("", "checkpoint that is evaluated; filled in on submit")
     sampler: Sampler = setting(Sampler, "")
     ema: bool = setting(True, "evaluate the averaged weights")
+    ema_halflife: int = setting(0, "which average: one of the run's ema.halflives; 0 for its ema.halflife")
     images: int = setting(100, "prompted images for the recognition figures")
     fid_images: int = setting(0, "images for FID and KID; 0 for none")
     features: str = setting(

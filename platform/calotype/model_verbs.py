@@ -22,9 +22,10 @@ def add_to(verbs: Any) -> None:
         "promote", help="make a finished run a version of a registered model in MLflow", description=PROMOTE
     )
     for parser in (out, made):
-        parser.add_argument("run", metavar="RUN", help="run:NAME or identity of a train_denoiser run")
+        parser.add_argument("run", metavar="RUN", help="run:NAME, run:NAME@IMAGES or identity of a train_denoiser run")
         parser.add_argument("--root", default="s3://calotype", help="where runs live (default %(default)s)")
     out.add_argument("folder", metavar="DIR")
+    out.add_argument("--ema", type=int, default=0, metavar="HALFLIFE", help="one of its ema.halflives")
     out.set_defaults(call=export)
     made.add_argument("--model", metavar="NAME", default="", help="registered model (default: the dataset's name)")
     made.add_argument("--alias", default="", help="move this alias to it, as in models:/NAME@champion")
@@ -36,7 +37,7 @@ def export(args: argparse.Namespace) -> int:
     from calotype.tasks.export import export_run
 
     local.check_up(home(), args.root)
-    export_run(args.root, args.run, Path(args.folder))
+    export_run(args.root, args.run, Path(args.folder), args.ema)
     print(f"{args.folder}: diffusers.StableDiffusionPipeline.from_pretrained({args.folder!r}) loads it")
     return 0
 

@@ -122,6 +122,14 @@ def find(root: str, job: str, reference: str) -> Record:
     return newest
 
 
+def parted(reference: str) -> tuple[str, int | None]:
+    """`run:NAME@IMAGES`, one checkpoint of a run => (run:NAME, images); None where the newest is meant."""
+    name, asked, images = reference.partition("@")
+    if asked and not images.isdigit():
+        raise CalotypeError(f"{reference!r} names no checkpoint: write run:NAME@IMAGES, such as run:NAME@100000")
+    return name, int(images) if asked else None
+
+
 def call(record: Record, name: str) -> None:
     """Let `run:NAME` find this run; one run may have several names."""
     if record.identity not in _named(record.root, record.job, name):

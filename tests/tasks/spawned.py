@@ -1,7 +1,8 @@
 """One worker of a training run, started by the tests: `python spawned.py PLAN.json RANK`.
 
 Runs every job of the plan in turn in one process group, each body in a thread as Ray Train does, and writes what rank 0
-logged.  A job may start from a copied checkpoint, and may kill the process at a given number of images.
+logged.  A job may start from a copied checkpoint, and may kill the process at a given number of images, once one has
+arrived that was begun in the second half of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ from calotype.config import TrainDenoiser
 from calotype.environment import Worker
 from calotype.tasks import denoiser
 from calotype.track import Tracker
-from calotype.train import loop
+from calotype.train import checkpoint, loop
 
 
 class Notes(Tracker):
@@ -38,6 +40,8 @@ class Notes(Tracker):
     def log(self, metrics: Any, images: int) -> None:
         self.points.append((images, dict(metrics)))
         if self.kill_at and images >= self.kill_at:
+            while (checkpoint.latest(self.record.artifacts) or 0) <= self.kill_at // 2:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

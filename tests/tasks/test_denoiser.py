@@ -96,7 +96,7 @@ def settings(root: str, **changes: Any) -> C.TrainDenoiser:
             denoiser=C.Denoiser(model=model),
             diffusion=C.Diffusion(prediction="v_prediction"),
             optim=C.Optim(lr=1e-3, warmup=20 * BATCH),
-            ema=C.EMA(halflife=400),
+            ema=C.EMA(halflife=400, halflives=[5]),
             train=C.Train(**{**train, **changes}),
             engine=C.Engine(**engine),
             sampler=C.Sampler(steps=2, batch=4),
@@ -224,10 +224,11 @@ def test_resume_at_another_stage_and_world_leaves_no_scar(done: Runs, name: str)
     assert close(done.losses(name), done.losses("torch"), range(half + 1, half + 11)) < 1e-5
 
 
+@pytest.mark.parametrize("halflife", [0, 5])
 @pytest.mark.parametrize("stage", range(4))
-def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
+def test_average_equals_that_of_one_process(done: Runs, stage: int, halflife: int) -> None:
     mine, theirs = (
-        checkpoint.weights(open_store(str(done.artifacts(name))), BATCH * STEPS, "denoiser")
+        checkpoint.weights(open_store(str(done.artifacts(name))), BATCH * STEPS, "denoiser", halflife=halflife)
         for name in (f"zero{stage}", "torch")
     )
     assert mine.keys() == theirs.keys()
@@ -242,9 +243,11 @@ def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_validation_and_pictures_agree(done: Runs, stage: int) -> None:
-    losses = done.losses(f"zero{stage}", "validation_loss")
-    assert losses == pytest.approx(done.losses("torch", "validation_loss"), rel=1e-5)
-    assert len(losses) == 2
+    first, further = (done.losses(f"zero{stage}", f"validation_loss{which}") for which in ("", "_ema_5"))
+    assert first == pytest.approx(done.losses("torch", "validation_loss"), rel=1e-5)
+    assert further == pytest.approx(done.losses("torch", "validation_loss_ema_5"), rel=1e-5)
+    assert len(first) == 2
+    assert first != further
     assert len(list(done.artifacts(f"zero{stage}").rglob("*.png"))) >= 2
 
 
@@ -412,6 +415,12 @@ def test_start_from_a_run_and_from_its_folder(root: str, tmp_path: Path) -> None
     denoiser.train(config, Worker(), record)
     again = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, init_from="run:test"))
     resolved = denoiser.resolve_start(again)
+    named = dataclasses.replace(config.denoiser, init_from=f"run:test@{2 * BATCH}")
+    assert denoiser.resolve_start(dataclasses.replace(config, denoiser=named)) == resolved
+    for wrong in ("run:test@9", "run:test@last"):
+        named = dataclasses.replace(config.denoiser, init_from=wrong)
+        with pytest.raises(CalotypeError, match=r"000000000009 is no checkpoint.*are 16|'run:test@last' names no"):
+            denoiser.resolve_start(dataclasses.replace(config, denoiser=named))
     assert resolved.denoiser.init_digest == checkpoint.digest(record.artifacts, 2 * BATCH)
     from calotype.model.denoiser import build_denoiser
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from calotype import compose, config, runs
+from calotype.data.store import open_store
 from calotype.errors import CalotypeError, ConfigError
 from calotype.tasks import sample
 from calotype.train import checkpoint
@@ -72,6 +75,29 @@ def test_the_checkpoint_that_was_submitted_is_the_one_that_is_drawn_from(root: P
     assert sample.resolve(resolved) == resolved
     with pytest.raises(CalotypeError, match=r"train\.keep"):
         sample.newest(record, "0" * 64)
+
+
+def test_a_checkpoint_that_is_named_is_taken_or_refused_by_name(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "root")
+    record = runs.find(str(tmp_path / "root"), "train_denoiser", "run:latent")
+    record = dataclasses.replace(record, artifact_root=record.artifact_root.replace(str(root), str(tmp_path / "root")))
+    store = open_store(str(tmp_path / "root")).at("runs", record.identity)
+    told = {**json.loads(store.read("run.json")), "artifact_root": record.artifact_root}
+    store.write("run.json", json.dumps(told).encode())
+    ask = ["prompts=[a seven]", f"root={tmp_path / 'root'}"]
+    resolved = sample.resolve(settings(root, *ask, "run=run:latent@16"))
+    assert (resolved.run, resolved.run_digest) == (record.identity, checkpoint.digest(record.artifacts, 16))
+    with pytest.raises(CalotypeError, match=r"000000000099 is no checkpoint.*committed are 16"):
+        sample.resolve(settings(root, *ask, "run=run:latent@99"))
+    with pytest.raises(CalotypeError, match=r"'run:latent@best' names no checkpoint: write run:NAME@IMAGES"):
+        sample.resolve(settings(root, *ask, "run=run:latent@best"))
+    key = next(entry.key for entry in record.artifacts.list("checkpoints/") if "exp_avg_sq" in entry.key)
+    record.artifacts.delete(key)
+    with pytest.raises(CalotypeError, match=f"{key} is gone: choose another checkpoint"):
+        sample.resolve(settings(root, *ask, "run=run:latent@16"))
+    with pytest.raises(ConfigError, match="keeps no average of halflife 7: choose one of 500000"):
+        sample.resolve(settings(root, *ask, "ema_halflife=7"))
+    assert sample.average_of(sample.trained(record), 500_000) == 0
 
 
 def test_prompts_come_from_a_file_of_the_machine_that_submits(root: Path, tmp_path: Path) -> None:

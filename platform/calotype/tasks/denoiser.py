@@ -84,15 +84,17 @@ def _refuse_superseded(record: runs.Record | None, held: str, newest: str) -> No
 
 
 def resolve_start(config: TrainDenoiser) -> TrainDenoiser:
-    """`denoiser.init_from` by content: of a run its newest checkpoint, of a folder its UNet's weights."""
+    """`denoiser.init_from` by content: of a run a checkpoint, the newest or that of @IMAGES, of a folder the UNet."""
     start = config.denoiser.init_from
     if not start:
         return config
     if start.startswith("run:"):
-        record = runs.find(config.root, "train_denoiser", start)
-        images = checkpoint.latest(record.artifacts)
+        name, images = runs.parted(start)
+        record = runs.find(config.root, "train_denoiser", name)
+        images = checkpoint.latest(record.artifacts) if images is None else images
         if images is None:
             raise ConfigError(f"denoiser.init_from={start} has no checkpoint yet: train it first")
+        checkpoint.check(record.artifacts, images)
         denoiser = replace(config.denoiser, init_from=f"run:{record.identity}")
         return replace(config, denoiser=replace(denoiser, init_digest=checkpoint.digest(record.artifacts, images)))
     digest = hashlib.sha256()
@@ -259,25 +261,35 @@ class HeldOut:
         self._prepared: list[tuple[dict[str, Tensor], int]] = []
 
     def validate(self, engine: Engine, diffusion: Any) -> dict[str, float]:
-        """`validation_loss` of the averaged weights, an exact mean; {} without a held-out split.  Collective."""
+        """Exact means over the held-out split; {} without one.  Collective.
+
+        `validation_loss` is that of the averaged weights; `validation_loss_ema_HALFLIFE` of those of further averages.
+        """
+        if not self.count:
+            return {}
+        world = min(self.worker.world, self.count)
+        self._prepared = self._prepared or self._prepare(world)
+        first, *others = engine.averages or ["ema"]
+        figures = {"validation_loss": self._loss(engine, diffusion, first, self.worker.rank < world)}
+        for which in others:
+            name = f"validation_loss_ema_{which.removeprefix('ema@')}"
+            figures[name] = self._loss(engine, diffusion, which, self.worker.rank < world)
+        return figures
+
+    def _loss(self, engine: Engine, diffusion: Any, which: str, own: bool) -> float:
         import torch
 
         from calotype.train.loop import take
 
-        if not self.count:
-            return {}
-        world = min(self.worker.world, self.count)
-        own = self.worker.rank < world
-        self._prepared = self._prepared or self._prepare(world)
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
-        with engine.averaged():
+        with engine.averaged(which):
             for rows, calls in self._prepared:
                 for start in range(0, calls * self.micro, self.micro):
                     part, weight = take(rows, start, self.micro, self.worker.device)
                     total += (losses(engine, diffusion, part).double() * weight).sum() * own
         if self.worker.world > 1:
             torch.distributed.all_reduce(total)
-        return {"validation_loss": float(total) / self.count}
+        return float(total) / self.count
 
     def _prepare(self, world: int) -> list[tuple[dict[str, Tensor], int]]:
         """This worker's rows of every shape, and in how many calls all workers go through them.  Collective."""

@@ -58,7 +58,8 @@ def resolve(settings: config.Evaluate) -> config.Evaluate:
         ConfigError: the runs cannot be compared.
         CalotypeError: no such run, or it has no checkpoint yet.
     """
-    record = runs.find(settings.root, "train_denoiser", settings.run)
+    record, found = sample.chosen(settings.root, settings.run, settings.run_digest)
+    sample.average_of(sample.trained(record), settings.ema_halflife)
     pixel = settings.pixel_run
     if pixel:
         other = runs.find(settings.root, "train_denoiser", pixel)
@@ -68,15 +69,14 @@ def resolve(settings: config.Evaluate) -> config.Evaluate:
         raise ConfigError(f"images={settings.images}: at least one picture must be drawn")
     if settings.fid_images == 1:
         raise ConfigError("fid_images=1: FID compares sets of pictures, give 0 or a few thousand")
-    digest = settings.run_digest or sample.newest(record).digest
-    return dataclasses.replace(settings, run=record.identity, run_digest=digest, pixel_run=pixel)
+    return dataclasses.replace(settings, run=record.identity, run_digest=found.digest, pixel_run=pixel)
 
 
 def evaluate(settings: config.Evaluate, worker: Worker, record: runs.Record) -> Figures:
     """Every figure that this model and dataset allow; the report goes to report/ of the run."""
     tracker = track.attach(settings, record)
     source = runs.find(settings.root, "train_denoiser", settings.run)
-    model = sample.load_denoiser(source, settings.ema, settings.run_digest, worker.device)
+    model = sample.load_denoiser(source, settings.ema, settings.run_digest, worker.device, settings.ema_halflife)
     data = dataset_store(settings.root, model.settings.data.name)
     manifest = load_dataset(data, model.settings.data.digest)
     source_of = batches.source_of(model.settings.data, settings.root, data, manifest)

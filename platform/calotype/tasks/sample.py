@@ -29,7 +29,8 @@ def resolve(settings: config.Sample) -> config.Sample:
         ConfigError: prompts that this model cannot be given.
         CalotypeError: no such run, or it has no checkpoint yet.
     """
-    record = runs.find(settings.root, "train_denoiser", settings.run)
+    record, found = chosen(settings.root, settings.run, settings.run_digest)
+    average_of(trained(record), settings.ema_halflife)
     prompts = list(settings.prompts)
     if settings.prompts_file:
         if prompts:
@@ -39,7 +40,7 @@ def resolve(settings: config.Sample) -> config.Sample:
     return dataclasses.replace(
         settings,
         run=record.identity,
-        run_digest=settings.run_digest or newest(record).digest,
+        run_digest=found.digest,
         prompts=prompts,
         prompts_file="",
         out=str(Path(settings.out).expanduser().absolute()) if settings.out else "",
@@ -53,7 +54,7 @@ def draw(settings: config.Sample, worker: Worker, record: runs.Record) -> dict[s
     """
     tracker = track.attach(settings, record)
     source = runs.find(settings.root, "train_denoiser", settings.run)
-    model = load_denoiser(source, settings.ema, settings.run_digest, worker.device)
+    model = load_denoiser(source, settings.ema, settings.run_digest, worker.device, settings.ema_halflife)
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.per_prompt)]
     seeds = [settings.seed + number for number in range(len(prompts))]
     start = time.monotonic()
@@ -155,6 +156,37 @@ def trained(record: runs.Record) -> config.TrainDenoiser:
     return compose.build(config.TrainDenoiser, record.config)
 
 
+def chosen(root: str, reference: str, digest: str = "") -> tuple[runs.Record, Checkpoint]:
+    """The run that `run:NAME` or `run:NAME@IMAGES` means, and its newest checkpoint, or that of `digest` or IMAGES.
+
+    Raises:
+        CalotypeError: there is none; a checkpoint that was named has lost files, or was never whole: says which.
+    """
+    from calotype.train import checkpoint
+
+    name, images = runs.parted(reference)
+    record = runs.find(root, "train_denoiser", name)
+    if images is None:
+        return record, newest(record, digest)
+    checkpoint.check(record.artifacts, images)
+    return record, Checkpoint(images, checkpoint.digest(record.artifacts, images))
+
+
+def average_of(settings: config.TrainDenoiser, halflife: int) -> int:
+    """Which average of a run: `halflife`, of `ema.halflives`; 0 for the first, that of `ema.halflife`.
+
+    Raises:
+        ConfigError: the run keeps no such average; names those that it does.
+    """
+    kept = [settings.ema.halflife, *settings.ema.halflives]
+    if halflife and halflife not in kept:
+        raise ConfigError(
+            f"the run {settings.name} keeps no average of halflife {halflife}: choose one of "
+            f"{', '.join(map(str, kept))} (ema.halflife and ema.halflives of its training)"
+        )
+    return 0 if halflife == kept[0] else halflife
+
+
 def newest(record: runs.Record, digest: str = "") -> Checkpoint:
     """The newest committed checkpoint of a run, or the one of `digest`.
 
@@ -173,12 +205,15 @@ def newest(record: runs.Record, digest: str = "") -> Checkpoint:
     return found[-1]
 
 
-def load_denoiser(record: runs.Record, ema: bool = True, digest: str = "", device: str = "cpu") -> Model:
+def load_denoiser(
+    record: runs.Record, ema: bool = True, digest: str = "", device: str = "cpu", halflife: int = 0
+) -> Model:
     """A trained denoiser, ready to draw.
 
     Args:
         ema: the averaged weights, where the run keeps any.
         digest: of the checkpoint; the newest if empty.
+        halflife: of the average; 0 for the first.
     """
     from calotype.data.cache import held_digest, load_cache, shape_of
     from calotype.model.autoencoder import load_autoencoder
@@ -186,14 +221,14 @@ def load_denoiser(record: runs.Record, ema: bool = True, digest: str = "", devic
     from calotype.train import checkpoint
 
     settings = trained(record)
-    chosen = newest(record, digest)
+    found = newest(record, digest)
     root = open_store(record.root)
     cache = load_cache(root, settings, held_digest(root, settings))  # whose statistics its latents are whitened by
     shape = shape_of(cache.meta["encoding"])
     fresh = dataclasses.replace(settings, denoiser=dataclasses.replace(settings.denoiser, init_from=""))
     denoiser = build_denoiser(fresh, shape)
-    weights = checkpoint.weights(record.artifacts, chosen.images, "denoiser", ema)
-    load_weights(denoiser, weights, f"checkpoint {chosen.images} of {record.name}")
+    weights = checkpoint.weights(record.artifacts, found.images, "denoiser", ema, average_of(settings, halflife))
+    load_weights(denoiser, weights, f"checkpoint {found.images} of {record.name}")
     return Model(
         settings,
         denoiser.eval().requires_grad_(False).to(device),
@@ -201,7 +236,7 @@ def load_denoiser(record: runs.Record, ema: bool = True, digest: str = "", devic
         shape,
         tuple(cache.meta["channel_mean"]),
         tuple(cache.meta["channel_std"]),
-        chosen.images,
+        found.images,
         device,
     )
 

@@ -135,14 +135,25 @@ class Saving:
                 self._flight = None
                 self._figures |= flight.figures
                 if self.worker.rank == 0:
+                    seconds, stall = (flight.figures[f"checkpoint_{name}seconds"] for name in ("", "stall_"))
+                    log.info(
+                        "saved %s images in %.1f s, of which %.2f s between steps", f"{flight.images:,}", seconds, stall
+                    )
                     self.told(flight.images)
         figures, self._figures = self._figures, {}
         return figures
 
     def close(self) -> None:
         """The training is over, maybe by an error: what is on its way has a moment to arrive."""
-        if self._flight is not None and not self._flight.done.wait(ENDING):
-            self._flight.abandoned.set()
+        flight = self._flight
+        if flight is None:
+            return
+        if not flight.done.wait(ENDING):
+            flight.abandoned.set()
+        elif flight.error is not None:
+            log.error("%s", flight.error)
+        elif self.worker.rank == 0:
+            self.told(flight.images)
 
     def _raise_any(self, flight: Flight) -> None:
         error = flight.error
