@@ -6,6 +6,8 @@
     steps    our loop beside plain PyTorch (one process: torch, zero0) and beside DeepSpeed (two: zero1, zero2, zero3)
     mlflow   the same with a point per step in MLflow: up, down, and answering after 5 s (needs `calotype up`)
     online   steps on cached latents beside steps that encode their images anew, as diffusers' own script does
+    saves    what a checkpoint costs the steps, in the background and not (train_saves.py; needs `calotype up`)
+    kill     from kill -9 of a worker to the next step, beside a fresh start (train_kill.py; needs `calotype up`)
     start    from `calotype submit` to the first step, beside a bare TorchTrainer.fit (start.py)
 
 --gpu: the UNet of Stable Diffusion 2 on cached latents, eager and compiled (train_gpu.py); torch, diffusers, deepspeed,
@@ -32,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.bench.train_steps import Case, measured  # noqa: E402
 
-PARTS = ("steps", "mlflow", "online", "start")
+PARTS = ("steps", "mlflow", "online", "saves", "kill", "start")
 SLOW = 5.0  # seconds until an MLflow that is slow answers
 
 
@@ -125,6 +127,10 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"\n{part}", flush=True)
         if part == "start":
             subprocess.run([sys.executable, str(ROOT / "tests/bench/start.py"), str(options.rounds)], check=True)
+        elif part in ("saves", "kill"):
+            from tests.bench import train_kill, train_saves
+
+            {"saves": train_saves, "kill": train_kill}[part].measured(options.rounds)
         else:
             {"steps": steps, "mlflow": mlflow, "online": online}[part](base, options.rounds)
 
