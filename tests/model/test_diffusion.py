@@ -72,11 +72,10 @@ def at(diffusion: Diffusion, t: float) -> tuple[float, float]:
     return math.sqrt(a), math.sqrt(1 - a)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [*((one, False) for one in PREDICTIONS), ("v_prediction", True), ("sample", True)]
+)
 def test_each_target_gives_back_the_latent_and_the_noise(prediction: str, zero_snr: bool) -> None:
-    if zero_snr and prediction in ("epsilon", "flow_prediction"):
-        pytest.skip("refused")
     ours = Diffusion(config.Diffusion(prediction=prediction, zero_snr=zero_snr))
     z, noise, t = parts()
     t = t.clamp(min=1) + 0.25 if ours.flow else t
@@ -104,7 +103,7 @@ def test_zero_terminal_snr_is_algorithm_1(schedule: str) -> None:
     expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
     assert made[-1].item() == 0
     assert (made[:-1] > 0).all()
-    assert made[0].item() == pytest.approx(plain[0].item(), abs=1e-7)
+    assert made[0].item() == pytest.approx(plain[0].item(), abs=1e-6)  # betas are float32
     torch.testing.assert_close(made.double(), expected, rtol=2e-3, atol=1e-6)
 
 

@@ -396,7 +396,7 @@ def test_losses_are_weighted_where_asked(both: Callable[..., C.TrainDenoiser]) -
     a = Diffusion(C.Diffusion()).alphas_cumprod[rows["timestep"]].double()
     snr = a / (1 - a)
     torch.testing.assert_close(weighted, (plain * snr.clamp(max=5) / snr).float(), rtol=1e-3, atol=0)
-    assert 5 < int((snr > 5).sum()) < 45
+    assert 0 < int((snr > 5).sum()) < 50
 
 
 def test_neither_accumulation_nor_checkpointed_activations_change_losses(done: Runs, root: str) -> None:
