@@ -124,7 +124,7 @@ def opened(
         for kind, paths in files.items():
             engine = _engine(kind)
             if index:
-                also = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
+                also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
                 tensors[kind] = _Pieced(index["shapes"][engine], index["pieces"][engine], paths, also)
             else:
                 tensors[kind] = _Whole(paths.values())
