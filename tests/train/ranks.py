@@ -1,6 +1,7 @@
-"""One of two ranks, started by test_loop: `python ranks.py FOLDER ARTIFACTS RANK`.
+"""One of two ranks, started by the tests: `python ranks.py PART FOLDER RANK`; each run saves under FOLDER/ENGINE.
 
-Saves twice; the second time rank 1 cannot write its last file.  Prints what was raised.
+error   Saves twice; the second time rank 1 cannot write its last file.  Prints what was raised.
+stages  At every ZeRO stage: trains, saves, goes on, and goes on again from what was saved.  Prints whether bit by bit.
 """
 
 from __future__ import annotations
@@ -17,33 +18,83 @@ from calotype.errors import Unreachable
 from calotype.runs import Record
 from calotype.train.engine import Engine
 from calotype.train.figures import Clock
-from calotype.train.saving import Saving
+from calotype.train.saving import Saving, resume
 from torch import nn
 
+WORLD, BATCH = 2, 12
+HALFLIVES = (100, 5, 30)  # the first is `ema.halflife`
+ALSO = {"unsent": [], "left_out": {}}
 
-def main(folder: str, artifacts: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    worker = Worker(rank, 2)
+
+def net() -> nn.Module:
     torch.manual_seed(0)
-    optim, engine = config.Optim(), config.Engine(kind="torch")
-    engines = {"net": Engine(nn.Sequential(nn.Linear(3, 5)), optim, engine, worker)}
-    made = config.TrainDenoiser(name="toy", train=config.Train(keep=2), engine=engine)
-    saving = Saving(engines, made, worker, Record("train_denoiser", "f" * 32, "toy", folder, artifacts))
-    saving.begin(16, Clock(), {}, {"unsent": [], "left_out": {}})
-    assert "checkpoint_seconds" in saving.check(wait=True)
+    return nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
+
+
+def made(settings: config.Engine, worker: Worker) -> Engine:
+    ema = config.EMA(halflife=HALFLIVES[0], halflives=list(HALFLIVES[1:]))
+    return Engine(net(), config.Optim(clip=0.5, weight_decay=0.01), settings, worker, 1, ema)
+
+
+def steps(engine: Engine, first: int, last: int) -> None:
+    rank, world = engine.worker.rank, engine.worker.world
+    for number in range(first, last):
+        x = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(number))
+        x = x[rank * BATCH // world : (rank + 1) * BATCH // world]
+        engine.backward((engine(x).float() - x[:, :5].cumsum(1)).square().mean(1).sum() / BATCH * world)
+        engine.step(1e-2, BATCH * (number + 1), BATCH)
+
+
+def saving(engine: Engine, settings: config.Engine, record: Record) -> Saving:
+    job = config.TrainDenoiser(name="toy", train=config.Train(keep=9), engine=settings)
+    return Saving({"net": engine}, job, engine.worker, record)
+
+
+def stages(folder: str, worker: Worker) -> None:
+    for kind, stage in [("torch", 0), *(("deepspeed", stage) for stage in range(4))]:
+        settings = config.Engine(kind=kind, stage=stage)
+        record = Record("train_denoiser", "f" * 32, "toy", folder, f"{folder}/{kind}{stage}")
+        engine = made(settings, worker)
+        steps(engine, 0, 20)
+        saves = saving(engine, settings, record)
+        saves.begin(20 * BATCH, Clock(), {}, ALSO)
+        steps(engine, 20, 23)  # while it is written
+        saves.check(wait=True)
+        there = {what: {name: t.clone() for name, t in named.items()} for what, named in engine.states()[0].items()}
+        again = made(settings, worker)
+        assert resume({"net": again}, str, worker, record)["images"] == 20 * BATCH
+        steps(again, 20, 23)
+        found = again.states()[0]
+        same = all(torch.equal(found[what][name], t) for what, named in there.items() for name, t in named.items())
+        print(f"{kind}{stage} {'bit by bit' if same else 'differs'}", flush=True)
+
+
+def error(folder: str, worker: Worker) -> None:
+    settings = config.Engine(kind="torch")
+    saves = saving(
+        made(settings, worker), settings, Record("train_denoiser", "f" * 32, "toy", folder, f"{folder}/torch0")
+    )
+    saves.begin(16, Clock(), {}, ALSO)
+    assert "checkpoint_seconds" in saves.check(wait=True)
     real = FolderStore.publish
 
     def publish(self: FolderStore, key: str, data: Any) -> bool:
-        if rank == 1 and key.startswith("net.weights"):
+        if worker.rank == 1 and key.startswith("net.weights"):
             raise Unreachable("the bucket is gone")
         return real(self, key, data)
 
     FolderStore.publish = publish  # type: ignore[method-assign]
-    saving.begin(32, Clock(), {}, {"unsent": [], "left_out": {}})
+    saves.begin(32, Clock(), {}, ALSO)
     try:
-        saving.check(wait=True)
-    except Unreachable as error:
-        print(f"Unreachable: {error}", flush=True)
+        saves.check(wait=True)
+    except Unreachable as raised:
+        print(f"Unreachable: {raised}", flush=True)
+
+
+def main(part: str, folder: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    {"error": error, "stages": stages}[part](folder, Worker(rank, WORLD))
 
 
 if __name__ == "__main__":

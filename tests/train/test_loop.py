@@ -28,7 +28,6 @@ from calotype.train.engine import Engine
 from torch import nn
 
 BATCH = 8
-RANKS = Path(__file__).with_name("ranks.py")
 
 
 class Notes(Tracker):
@@ -434,22 +433,3 @@ def test_an_error_of_the_training_leaves_a_save_the_time_it_needs(
     with pytest.raises(ZeroDivisionError):
         loop.run(counting(made, {6: lambda: 1 / 0}), made, Worker(), record)
     assert checkpoint.committed(record.artifacts) == [5 * BATCH]
-
-
-def test_an_error_on_one_rank_is_raised_on_all(record: Record, tmp_path: Path, started: Any) -> None:
-    """And what lists of workers that died lie there does not count."""
-    said = [tmp_path / f"said{rank}" for rank in range(2)]
-    stale = record.artifacts.at("checkpoints", "000000000016")
-    stale.publish("parts-dead-00001.json", b'{"files": {}, "pieces": {}}')
-    words = (str(tmp_path), record.artifact_root)
-    workers = [started(RANKS, *words, str(rank), said=file) for rank, file in enumerate(said)]
-    for worker in workers:
-        worker.join(120)
-        worker.kill()
-    ended = [file.read_text().splitlines()[-1] for file in said]
-    assert ended == ["Unreachable: the bucket is gone"] * 2, "\n".join(file.read_text() for file in said)
-    assert checkpoint.committed(record.artifacts) == [16]
-    assert checkpoint.weights(record.artifacts, 16, "net", ema=False)["0.weight"].tolist()
-    keys = {entry.key.split("-")[0] for entry in stale.list()}
-    assert "parts" not in keys
-    assert [key for key in keys if "exp_avg_sq" in key]

@@ -83,11 +83,18 @@ def check(store: Store, images: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(store: Store, images: int, kinds: tuple[str, ...] | None = None) -> Iterator[Checkpoint]:
+def opened(
+    store: Store,
+    images: int,
+    kinds: tuple[str, ...] | None = None,
+    needed: Mapping[str, Sequence[Piece]] | None = None,
+) -> Iterator[Checkpoint]:
     """Download and verify; the files live as long as the context.
 
     Args:
         kinds: only these of "<engine>.<kind>"; all if None.
+        needed: engine -> what is going to be read; all if None.  Other elements may be NaN: a rank that holds a share
+            need not download what others hold.
 
     Raises:
         DataError: there is no such checkpoint, or its bytes are not what was committed; names the file.
@@ -103,18 +110,22 @@ def opened(store: Store, images: int, kinds: tuple[str, ...] | None = None) -> I
             return folder / key
 
         plain = {key.split("-")[0]: json.loads(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
+        index = plain.get("index")  # format 1 has none
+        missed = _missed(index["pieces"], needed) if index and needed is not None else set()
         files: dict[str, dict[str, Path]] = {}  # kind -> which part -> file
         for key, (kind, part) in _tensor_files(commit).items():
-            if kinds is None or kind in kinds or (kinds and kind.endswith(f".{BUFFERS}")):
-                files.setdefault(kind, {})[part] = fetched(key)
-        buffers = {kind: files.pop(kind) for kind in list(files) if kind.endswith(f".{BUFFERS}")}
+            shared = kind.endswith(f".{BUFFERS}")
+            if kinds is None or kind in kinds or (kinds and shared):
+                paths = files.setdefault(kind, {})
+                if shared or (_engine(kind), part) not in missed:
+                    paths[part] = fetched(key)
+        buffers = {kind: _Whole(files.pop(kind).values()) for kind in list(files) if kind.endswith(f".{BUFFERS}")}
         tensors: dict[str, Mapping[str, Tensor]] = {}
         for kind, paths in files.items():
-            engine, what = kind.rsplit(".", 1)
-            if "index" in plain:
-                shared = buffers.get(f"{engine}.{BUFFERS}", {}) if not what.startswith("exp_avg") else {}
-                shapes, pieces = plain["index"]["shapes"][engine], plain["index"]["pieces"][engine]
-                tensors[kind] = _Pieced(shapes, pieces, paths, _Whole(shared.values()))
+            engine = _engine(kind)
+            if index:
+                also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
+                tensors[kind] = _Pieced(index["shapes"][engine], index["pieces"][engine], paths, also)
             else:
                 tensors[kind] = _Whole(paths.values())
         yield Checkpoint(images, plain["state"], tensors)
@@ -182,7 +193,7 @@ class _Pieced(Mapping[str, "Tensor"]):
             return self._buffers[name]
         import torch
 
-        whole = torch.empty(prod(self._shapes[name]))
+        whole = torch.full((prod(self._shapes[name]),), torch.nan)
         for begin, count, file in self._where[name]:
             whole[begin : begin + count] = file[name]
         return whole.view(tuple(self._shapes[name]))
@@ -220,6 +231,27 @@ def discard(store: Store, images: int) -> None:
     place = store.at(FOLDER, f"{images:012d}")
     for key in sorted((entry.key for entry in place.list()), key=lambda key: key != COMMIT):
         place.delete(key)
+
+
+def _missed(
+    pieces: Mapping[str, Mapping[str, Sequence[Piece]]], needed: Mapping[str, Sequence[Piece]]
+) -> set[tuple[str, str]]:
+    """(engine, part) of the parts that hold nothing of what is needed."""
+    missed = set()
+    for engine, parts in pieces.items():
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for name, begin, count in needed.get(engine, ()):
+            spans.setdefault(name, []).append((begin, begin + count))
+        for part, held in parts.items():
+            if not any(
+                low < begin + count and begin < high for name, begin, count in held for low, high in spans.get(name, ())
+            ):
+                missed.add((engine, part))
+    return missed
+
+
+def _engine(kind: str) -> str:
+    return kind.rsplit(".", 1)[0]
 
 
 def _is_plain(key: str) -> bool:

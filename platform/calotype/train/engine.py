@@ -194,6 +194,12 @@ class Engine:
         taken = float(self._moments(self._backend.partitions[0])["step"])
         return {"adam_step": taken, "loss_scale": self.loss_scale, "good_steps": float(self._good)}
 
+    def needs(self) -> list[tuple[str, int, int]]:
+        """(parameter, first element, how many) of all that `load` reads on this rank."""
+        every = self._backend.replicated
+        mine = [piece for piece in self._backend.pieces if every or piece.rank == self.worker.rank]
+        return [(piece.name, piece.begin, piece.count) for piece in mine]
+
     def load(self, states: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, float]) -> None:
         """Take over what `states` gave at any world size and stage.  Collective.
 

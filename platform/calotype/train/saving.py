@@ -262,9 +262,10 @@ def resume(
     found: list[Any] = [checkpoint.committed(record.artifacts)]
     if worker.world > 1:
         dist.broadcast_object_list(found)  # the same choice everywhere
+    needed = {name: engine.needs() for name, engine in engines.items()}
     for images in reversed(found[0]):
         try:
-            with checkpoint.opened(record.artifacts, images) as saved:
+            with checkpoint.opened(record.artifacts, images, needed=needed) as saved:
                 if agree(worker, False):
                     continue
                 for name, engine in engines.items():
