@@ -184,7 +184,7 @@ def test_as_people_type_it(tmp_path: Path, typed: Callable[..., tuple[int, str]]
     settings += ["conditions=label", "train.batch=16", "cluster.workers=2", "train.images=1000"]
     status, out = typed("plan", "train_denoiser", *settings, "--price", "3600000")
     assert status == 0, out
-    for word in ("timed here", "FLOPs per image", "cost", "no cache yet", "zero3", "set engine=zero0"):
+    for word in ("timed here", "FLOPs per image", "cost", "no cache yet", "zero3", "fits: engine=zero0"):
         assert word in out
     status, out = typed("plan", "train_denoiser", *settings, "--rate", "50", "--memory", "1", "--price", "2", "--json")
     found = json.loads(out)

@@ -176,4 +176,4 @@ def here(config: TrainDenoiser) -> tuple[Worker | None, int]:
     if not torch.cuda.is_available():
         return None, 0
     worker = Worker(device="cuda:0", threads=config.cluster.cpus)
-    return worker, int(torch.cuda.get_device_properties(0).total_memory)
+    return worker, int(torch.cuda.get_device_properties(0).total_memory * min(config.cluster.gpus, 1.0))
