@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,16 @@ def test_a_relative_root_is_the_same_place_everywhere(tmp_path: Path, monkeypatc
     assert config.root == str(tmp_path / "out")
     assert config.autoencoder.path == str(tmp_path / "vae")
     assert compose("prepare", ["root=s3://bucket/prefix"]).root == "s3://bucket/prefix"
+
+
+def test_the_time_of_all_attempts_counts(tmp_path: Path) -> None:
+    with runs.attempt_of(begun(tmp_path, "mine")):
+        time.sleep(0.2)
+    ended = begun(tmp_path, "mine")
+    assert 0.2 <= runs.lived(ended) < 3
+    ended.store.write("attempts/0002.alive", b"1000")
+    with runs.attempt_of(ended):
+        pass
+    ended.store.delete("attempts/0002.end")  # it was killed
+    ended.store.write("attempts/0002.json", b'{"started": 0}')
+    assert 3000 <= runs.lived(begun(tmp_path, "mine")) < 3010

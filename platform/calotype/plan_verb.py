@@ -82,8 +82,8 @@ def _train_denoiser(config: TrainDenoiser, args: argparse.Namespace) -> None:
         return
     _show_training(found, resolved)
     _show_memory(found)
-    advised = f"set {' '.join(found.advice)}" if found.advice else "no stage fits even one image: use more workers"
-    print(f"\nof {console.size(found.memory)} per worker, less a tenth: {advised}")
+    advised = " ".join(found.advice) or "none, not even one image: use more workers or a smaller denoiser"
+    print(f"\nof {console.size(found.memory)} per worker, less a tenth, the smallest stage that fits: {advised}")
 
 
 BODIES: dict[str, Callable[[Any, argparse.Namespace], None]] = {

@@ -26,7 +26,7 @@ def version_of(name: str, digest: str) -> str:
 def register(
     record: Record, name: str, digest: str, source: str, tags: Mapping[str, str], description: str = ""
 ) -> str:
-    """A new version of the registered model, which is made if it is missing.
+    """The version of this checkpoint, made now, of the registered model, which is made if it is missing.
 
     Args:
         record: the run that trained it, tracked in MLflow.
@@ -47,7 +47,9 @@ def register(
             description=description,
             model_id=models[0] if models else None,
         )
-        return str(made.version)
+        if (oldest := version_of(name, digest)) != str(made.version):  # somebody else registered it in this moment
+            client.delete_model_version(name, made.version)
+        return oldest
 
 
 def point(name: str, alias: str, version: str) -> None:

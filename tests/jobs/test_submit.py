@@ -258,7 +258,7 @@ def test_a_gpu_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["up", "status", "down", "submit", "plan", "ps", "logs", "cancel", "runs", "cache", "export"]
+    "verb", ["up", "status", "down", "submit", "plan", "ps", "logs", "cancel", "runs", "cache", "export", "promote"]
 )
 def test_verbs_that_the_readme_names_teach(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

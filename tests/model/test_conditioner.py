@@ -193,6 +193,8 @@ def test_what_the_unet_is_given(clip: str) -> None:
     assert mask is None
     assert labels.tolist() == [3, 3]
     assert Conditioner({})({}) == (None, None, None)
+    with torch.autocast("cpu", torch.bfloat16):  # which joins no float16, as they are stored
+        assert Conditioner({"frozen": frozen})(prompted(both, prompts))[0].dtype == torch.float32
     both["frozen"] = dataclasses.replace(frozen, mode="masked")
     other, mask, _ = Conditioner(both)(prompted(both, prompts))
     assert mask.tolist() == [[True] * 8 + [True] * 3 + [False] * 5] * 2

@@ -1,8 +1,8 @@
 """What one image of training costs a denoiser: arithmetic and memory, without a weight or a number being made.
 
-The network runs once on tensors that have shapes and no data.  Arithmetic is that of matrix products, convolutions and
-attention; the backward pass takes twice the forward's (Kaplan et al. 2020, section 2.1), and what is computed again, by
-fused attention or checkpointed activations, counts once.  Memory is that of all tensors that are alive, at its highest.
+The network runs once, forward and backward, on tensors that have shapes and no data.  Arithmetic is that of matrix
+products, convolutions and attention, a multiplication and an addition being two; what is computed again, by fused
+attention or for checkpointed activations, counts once.  Memory is that of all tensors alive, at its highest.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FEW = 4  # images of the smaller measurement
 PEAKS = {
     "H200": (989.4, 494.7, 66.9),
     "H100 PCIe": (756.0, 378.0, 51.2),
+    "H100 NVL": (835.0, 417.5, 60.0),
     "H100": (989.4, 494.7, 66.9),
     "A100": (312.0, 156.0, 19.5),
     "A10G": (70.0, 35.0, 35.0),
@@ -57,9 +58,9 @@ def flops_per_image(settings: config.TrainDenoiser, shape: Shape) -> float:
 
     model = _bare(settings, shape)
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(), torch.device("meta"):
-        model(*_inputs(settings, model, shape, 1))
-    return 3.0 * counter.get_total_flops()
+    with counter, torch.device("meta"):
+        model(*_inputs(settings, model, shape, 1)).mean().backward()
+    return float(counter.get_total_flops())
 
 
 def activations(settings: config.TrainDenoiser, shape: Shape, gpu: bool) -> Activations:

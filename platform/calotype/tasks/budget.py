@@ -17,7 +17,7 @@ from calotype.data import cache
 from calotype.data.manifest import CACHE, Manifest
 from calotype.data.store import open_store
 from calotype.environment import Worker
-from calotype.errors import ConfigError, DataError
+from calotype.errors import ConfigError
 from calotype.tasks.memory import ROOM, Option, advice, options, wanted
 
 SECONDS, STEPS = 5.0, 3  # a timed step takes about that long at most, if one image does; timed steps
@@ -74,7 +74,6 @@ def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: flo
         raise ConfigError(
             f"cluster.gpus={config.cluster.gpus:g} and this machine has no GPU: say --memory (GB of a worker's GPU)"
         )
-
     shape = checks.latent_shape(config.autoencoder, config.encoding.resolution)
     parameters, train, world = cost.parameters(config, shape), config.train, config.cluster.workers
     found = options(config, memory)
@@ -114,11 +113,8 @@ def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: flo
 
 def _latents(config: TrainDenoiser) -> tuple[int, int]:
     """(bytes, samples) of an epoch; (0, 0) while there is no cache."""
-    try:
-        found = cache.load_cache(open_store(config.root), config)
-    except DataError:
-        return 0, 0
-    rows = found.split("train")
+    found = cache.find_cache(open_store(config.root), config)
+    rows = found.split("train") if found else ()
     return sum(row.bytes for row in rows), sum(row.samples for row in rows)
 
 
@@ -176,4 +172,4 @@ def here(config: TrainDenoiser) -> tuple[Worker | None, int]:
     if not torch.cuda.is_available():
         return None, 0
     worker = Worker(device="cuda:0", threads=config.cluster.cpus)
-    return worker, int(torch.cuda.get_device_properties(0).total_memory)
+    return worker, int(torch.cuda.get_device_properties(0).total_memory * min(config.cluster.gpus, 1.0))

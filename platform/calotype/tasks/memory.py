@@ -47,24 +47,23 @@ def refuse_too_big(config: TrainDenoiser) -> None:
     if not (config.cluster.gpus and config.cluster.memory_gb):
         return
     memory = round(config.cluster.memory_gb * 1e9)
-    found = options(config, memory)
-    mine = same(config, found)
+    mine = chosen(config, options(config, memory, (config.engine.checkpoint_activations,)))
     if mine.bytes > ROOM * memory:
-        way = " ".join(advice(config, found))
+        way = " ".join(advice(config, options(config, memory)))
         raise ConfigError(
-            f"engine={mine.engine} with {wanted(config)} images per forward takes {mine.bytes / 1e9:.1f} GB of each "
+            f"engine={mine.engine} with {wanted(config)} images per forward takes {mine.bytes / 1e9:.3g} GB of each "
             f"worker's cluster.memory_gb={config.cluster.memory_gb:g}, of which a tenth is left free: "
             + (f"set {way}" if way else "no ZeRO stage fits even one image, use more workers or a smaller denoiser")
         )
 
 
-def options(config: TrainDenoiser, memory: int) -> list[Option]:
+def options(config: TrainDenoiser, memory: int, checkpointed: Sequence[bool] = (False, True)) -> list[Option]:
     """Every engine, and each with activations checkpointed, smallest stage first."""
     from calotype.model import cost
 
     shape, gpu = checks.latent_shape(config.autoencoder, config.encoding.resolution), bool(config.cluster.gpus)
     parameters, made = cost.parameters(config, shape), []
-    for again in (False, True):
+    for again in checkpointed:
         how = replace(config, engine=replace(config.engine, checkpoint_activations=again))
         kept = cost.activations(how, shape, gpu)
         for kind, stage in STAGES:
@@ -78,7 +77,7 @@ def options(config: TrainDenoiser, memory: int) -> list[Option]:
 
 def advice(config: TrainDenoiser, found: Sequence[Option]) -> list[str]:
     """Settings of the smallest stage at which the micro-batch fits that they ask for; else the one that holds most."""
-    mine = same(config, found)
+    mine = chosen(config, found)
     staged = [one for one in found if one.engine != "torch" or mine.engine == "torch"]
     fits = [one for one in staged if one.micro_batch >= wanted(config)]
     best = fits[0] if fits else max(staged, key=lambda one: one.micro_batch)
@@ -90,7 +89,7 @@ def advice(config: TrainDenoiser, found: Sequence[Option]) -> list[str]:
     return words + (["engine.checkpoint_activations=true"] if best.checkpoint_activations else [])
 
 
-def same(config: TrainDenoiser, found: Sequence[Option]) -> Option:
+def chosen(config: TrainDenoiser, found: Sequence[Option]) -> Option:
     """The option that the settings choose."""
     engine = config.engine
     name = engine.kind if engine.kind == "torch" else f"zero{engine.stage}"

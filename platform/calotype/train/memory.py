@@ -1,18 +1,18 @@
 """Bytes that one rank holds of a model in training, without its activations (Rajbhandari et al. 2020, section 3).
 
 The paper's 16 bytes per parameter are others here: weights are float32 always, for autocast works inside the module.
-Of P parameters on W ranks, in bytes, at the highest point of a step:
+Of P parameters on W ranks, in units of 4 bytes, at the highest point of a step:
 
-                torch          zero0          zero1          zero2          zero3
-    weights     4 P            4 P            4 P + 4 P/W    4 P + 4 P/W    4 P/W + 4 min(P, LIVE)
-    gradients   4 P            4 P            4 P + 4 P/W    8 P/W          8 P/W
-    moments     8 P            8 P            8 P/W          8 P/W          8 P/W
-    EMA         4 P            4 P            4 P/W          4 P/W          4 P/W
-    buffers     0              4 min(P, JOIN) 4 B            4 B            4 B
+                torch   zero0         zero1          zero2               zero3
+    weights     P       P             P + P/W        P + P/W             P/W + 2 min(P, LIVE)
+    gradients   P       P             max(P, 2 P/W)  max(P/W + B, 2 P/W) 2 P/W
+    moments     2 P     2 P           2 P/W          2 P/W               2 P/W
+    EMA         P       P             P/W            P/W                 P/W
+    buffers     0       min(P, JOIN)  B, 2 B on GPU  B, 2 B on GPU       2 B
 
-The second P/W of a gradient is the copy that its optimizer steps on.  LIVE is how many gathered weights DeepSpeed may
-keep at stage 3, which for models below it are all of them.  A bucket of B elements is reduced while it fills: on a GPU
-there are two of them.
+A bucket of B elements is reduced when it is full; where communication overlaps there are two of them.  The optimizer
+steps on a flat copy of its gradients.  Weights that stage 3 gathered are seen to stay until others were gathered: small
+ones that it keeps are views of buffers with large ones in them.  So below LIVE weights it saves no weights.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def per_rank(parameters: int, world: int, kind: str, stage: int, ema: bool, gpu:
     """
     whole, part = 4 * parameters, 4 * -(-parameters // world)
     if kind == "torch" or stage == 0:
-        joined = 4 * min(parameters, JOIN) if kind == "deepspeed" and world > 1 else 0
+        joined = 4 * min(parameters, JOIN) if kind == "deepspeed" else 0
         return Memory(whole, whole, 2 * whole, whole * ema, joined)
-    bucket = 4 * min(parameters, BUCKET) * (2 if gpu else 1)
-    weights = whole + part if stage < 3 else part + 4 * min(parameters, LIVE)
-    gradients = whole + part if stage == 1 else 2 * part
-    return Memory(weights, gradients, 2 * part, part * ema, bucket)
+    bucket = 4 * min(parameters, BUCKET)
+    if stage == 3:
+        return Memory(part + 8 * min(parameters, LIVE), 2 * part, 2 * part, part * ema, 2 * bucket)
+    unreduced = whole if stage == 1 else part + bucket
+    return Memory(whole + part, max(unreduced, 2 * part), 2 * part, part * ema, bucket * (2 if gpu else 1))
