@@ -174,6 +174,12 @@ class Train:
     sample_every: int = setting(100_000, "images between sample grids; 0 for never", identity=False)
     checkpoint_every: int = setting(100_000, "images between checkpoints", identity=False)
     keep: int = setting(2, "checkpoints kept", identity=False)
+    spike: float = setting(
+        0.0, "steps whose loss or gradient norm exceeds this many medians of the last 128 are skipped; 0: none are"
+    )
+    bad_steps: int = setting(
+        0, "steps in a row that are skipped for a loss or gradient that is not finite; one more is final"
+    )
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,9 @@ class Cluster:
     workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
+    hang_seconds: float = setting(
+        180.0, "training: ranks of which none takes a step for so long are killed and go on; 0: never", identity=False
+    )
 
 
 @dataclass(frozen=True)
