@@ -99,7 +99,8 @@ class Guard:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             since = f", since the step that ended at {first:,}" if first else ""
             raise self._final(f"{why} ({shown}){since}", first or images, dict(figures))
-        self.told.append({"images": images, **figures})
+        if not self.on:
+            self.told.append({"images": images, **figures})
 
     def _judge(self, name: str, norm: Tensor) -> bool:
         """Whether an engine may take its step; the same on all ranks.  Collective."""
