@@ -241,6 +241,8 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
     train, cluster = config.train, config.cluster
     if not 0 <= train.lanes <= train.batch:
         raise ConfigError(f"train.lanes={train.lanes} must be 0 to train.batch={train.batch}: lanes share its slots")
+    if 0 < train.spike <= 1:
+        raise ConfigError(f"train.spike={train.spike} would skip usual steps: use 0 (none) or more than 1, such as 5")
     if cluster.workers > train.batch:
         raise ConfigError(
             f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "
