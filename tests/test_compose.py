@@ -144,6 +144,7 @@ REFUSED = [
     ("train.spike=0.9", "train.spike=0.9 would skip usual steps: use 0 (none) or more than 1"),
     ("train.bad_steps=-1", "train.bad_steps=-1 is out of range"),
     ("cluster.hang_seconds=-1", "cluster.hang_seconds=-1"),
+    ("cluster.min_workers=2", "cluster.min_workers=2 must be 0 (all) to cluster.workers=1"),
     ("engine.precision=bf-16", "engine.precision='bf-16' is not known: choose one of fp32"),
     ("engine.stage=4", "engine.stage=4 is not known"),
     ("train.lanes=300", "train.lanes=300 must be 0 to train.batch=256: lanes share its slots"),

@@ -124,6 +124,11 @@ def check(config: Any) -> None:
         check_denoiser(config)
     if isinstance(config, TrainAutoencoder | TrainDenoiser):
         _check_train(config)
+    if hasattr(config, "cluster") and not 0 <= config.cluster.min_workers <= config.cluster.workers:
+        raise ConfigError(
+            f"cluster.min_workers={config.cluster.min_workers} must be 0 (all) to "
+            f"cluster.workers={config.cluster.workers}"
+        )
     if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
         raise ConfigError(
             f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "

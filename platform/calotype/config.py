@@ -213,6 +213,9 @@ class Cluster:
 
     kind: str = setting("ray", "ray | local (in this process, one worker)", identity=False)
     workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
+    min_workers: int = setting(
+        0, "training: starts with what there is room for, at least so many of `workers`; 0: all", identity=False
+    )
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
     hang_seconds: float = setting(

@@ -233,9 +233,7 @@ def test_steps_that_are_not_finite_are_skipped_to_a_limit(record: Record, notes:
     assert figures["skipped_steps"] == 3
     assert all(math.isfinite(loss) for loss in losses(notes).values())
     assert json.loads(other.artifacts.read("evidence/000000000056.json"))["values"]["loss"] == "nan"
-    with pytest.raises(
-        CalotypeError, match=r"3 steps in a row.*at 72 images.*bad_steps=2.*evidence/0{10}72\.json"
-    ):
+    with pytest.raises(CalotypeError, match=r"3 steps in a row.*at 72 images.*bad_steps=2.*evidence/0{10}72\.json"):
         loop.run(task(made, [*poison, 8 * BATCH]), made, Worker(), record)
     assert checkpoint.committed(record.artifacts) == []
 

@@ -27,6 +27,7 @@ from calotype.runs import Record
 log = logging.getLogger(__name__)
 
 ENDING = 60.0  # seconds that the other ranks have to end after a final error
+SETTLE = 20.0  # seconds in which workers of an attempt before are gone, or a cluster has grown
 # Ray Train looks at its workers every 2 s by default (every 0.1 s would be felt in the step time of two slow cores);
 # and parts of it that nothing here uses would each start a process.
 TRAIN_ENVIRONMENT = {
@@ -49,7 +50,8 @@ def run(body: Body, config: Job, record: Record, asked: threading.Event) -> dict
     payload = {"body": body, "config": config, "record": record, "key": key}
     try:
         while True:
-            ended = _attempt({**payload, "attempt": streak.total + 1}, asked)
+            workers = room_for(config.cluster, asked)
+            ended = _attempt({**payload, "workers": workers, "attempt": streak.total + 1}, asked) if workers else {}
             if not isinstance(ended, Failure):
                 return ended
             if asked.is_set():  # it had its chance to save: what was committed before stands
@@ -73,7 +75,7 @@ def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] 
     """Start the ranks once and see how they end."""
     key, cluster = payload["key"], payload["config"].cluster
     done: dict[str, Any] = {}
-    watch = Watch(lambda rank: get(f"{key}:{payload['attempt']}:{rank}"), cluster.workers, cluster.hang_seconds)
+    watch = Watch(lambda rank: get(f"{key}:{payload['attempt']}:{rank}"), payload["workers"], cluster.hang_seconds)
     hung = ""
     fit = threading.Thread(target=_fit, args=(payload, done), name="fit", daemon=True)
     fit.start()
@@ -94,6 +96,34 @@ def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] 
     watch.look(last=True)
     kind, why = ("hung", hung) if hung else failure_of(done["error"])
     return Failure(kind, why, watch.began, watch.low, watch.low + watch.pace)
+
+
+def room_for(cluster: Cluster, asked: threading.Event) -> int:
+    """How many ranks to start: all, or after SETTLE seconds those that there is room for, at least cluster.min_workers;
+    0 if it was asked to stop meanwhile.
+    """
+    if not cluster.min_workers:
+        return cluster.workers  # Ray Train waits for the room
+    began, told = time.monotonic(), False
+    while not asked.wait(POLL):
+        if (room := min(_rooms(cluster), cluster.workers)) == cluster.workers:
+            return room
+        if time.monotonic() - began > SETTLE and room >= cluster.min_workers:
+            log.warning("starts with %d of cluster.workers=%d: there is no room for more", room, cluster.workers)
+            return room
+        if time.monotonic() - began > SETTLE and not told:
+            told = True
+            log.warning("waits: there is room for %d of cluster.min_workers=%d", room, cluster.min_workers)
+    return 0
+
+
+def _rooms(cluster: Cluster) -> int:
+    """How many ranks there is room for now; a rank does not stretch over nodes."""
+    from ray._private.state import available_resources_per_node
+
+    needs = {"CPU": float(cluster.cpus)} | ({"GPU": cluster.gpus} if cluster.gpus else {})
+    nodes = available_resources_per_node().values()
+    return sum(min(int(free.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for free in nodes)
 
 
 def _evidence(record: Record, streak: Streak) -> str:
@@ -140,7 +170,7 @@ def _fit(payload: dict[str, Any], done: dict[str, Any]) -> None:
             train_loop_config=payload,
             backend_config=_shared_devices(),
             scaling_config=ScalingConfig(
-                num_workers=cluster.workers,
+                num_workers=payload["workers"],
                 use_gpu=cluster.gpus > 0,
                 resources_per_worker={"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus else {}),
             ),

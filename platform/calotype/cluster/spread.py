@@ -139,6 +139,8 @@ def one(body: Body, config: Job, record: Record) -> dict[str, Any]:
 def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
     """Run `body(config, worker, record)` on cluster.workers ranks that form one torch process group; rank 0's result.
 
+    With cluster.min_workers each attempt starts with the ranks that there is room for: fewer when a node was lost, all
+    again when there is one.  The order of samples does not depend on how many they are.
     `worker.stop()` may turn true at different steps on different ranks: the body agrees on one before it acts.
     """
     if config.cluster.kind == "local":
@@ -146,7 +148,7 @@ def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
             return body(config, worker_here(config.cluster, asked.is_set), record)
 
     _connect(config.cluster)
-    _check_room(config.cluster, config.cluster.workers)
+    _check_room(config.cluster, config.cluster.min_workers or config.cluster.workers)
     with _stopped_by_signal() as asked:
         return ranks.run(body, config, record, asked)
 
