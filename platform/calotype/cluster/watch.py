@@ -34,11 +34,13 @@ class Pulse:
     """What a rank is at.  Written by its loop, so a call costs less than a microsecond."""
 
     phase: str = START
+    began: int = -1
     images: int = -1
     count: int = 0
 
     def __call__(self, phase: str, images: int) -> None:
         self.phase, self.images = phase, images
+        self.began = self.began if self.count else images
         self.count += 1
 
 
@@ -48,7 +50,7 @@ class Sign:
 
     Attributes:
         ticks: of the thread that sends it.
-        count, phase, images: of the loop; images is -1 before it runs.
+        count, phase, began, images: of the loop; images, and those that it began at, are -1 before it runs.
     """
 
     rank: int
@@ -57,6 +59,7 @@ class Sign:
     ticks: int
     count: int
     phase: str
+    began: int
     images: int
 
     def packed(self) -> bytes:
@@ -77,7 +80,7 @@ class Watch:
     seconds: float
     clock: Callable[[], float] = time.monotonic
     signs: dict[int, Sign] = field(default_factory=dict)
-    began: int | None = None  # images when the first rank began to train
+    began: int | None = None  # images when the ranks began to train
     low: int = 0  # images of the rank that is furthest
     pace: int = 0  # images between two signs of it
     _stuck: float = 0.0  # seconds since any rank got further
@@ -109,9 +112,9 @@ class Watch:
         if before is None or before.count != sign.count or before.phase != sign.phase:
             self._stuck = 0.0
         if sign.images >= 0:
-            self.began = sign.images if self.began is None else self.began
+            self.began = sign.began
             if sign.images > self.low:
-                self.low, self.pace = sign.images, sign.images - (self.low or self.began)
+                self.low, self.pace = sign.images, sign.images - max(self.low, sign.began)
 
     def _judge(self) -> str:
         living = {rank: sign for rank, sign in self.signs.items() if sign.phase != DONE}

@@ -119,7 +119,8 @@ def _heard(key: str, name: str, rank: int, pulse: Pulse) -> Iterator[threading.E
 
     def tell(ticks: int, phase: str) -> None:
         with contextlib.suppress(Exception):  # a head that is busy for a moment
-            put(name, Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.images).packed())
+            sign = Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.began, pulse.images)
+            put(name, sign.packed())
 
     def follow() -> None:
         ticks = 0
