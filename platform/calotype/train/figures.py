@@ -58,7 +58,7 @@ class Meter:
         if taken:
             norm = torch.stack([norm.detach() for norm in norms]).max()
             self.norms = norm if self.norms is None else self.norms + norm
-            bad = torch.where(norm.isfinite(), math.inf, float(images))
+            bad = torch.full_like(norm, images, dtype=torch.float64).masked_fill(norm.isfinite(), math.inf)
             self.bad = bad if self.bad is None else torch.minimum(self.bad, bad)
             for name, part in self.step_sums.items():
                 self.sums[name] = self.sums[name] + part if name in self.sums else part
