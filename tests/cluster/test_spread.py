@@ -344,6 +344,40 @@ def test_backoff_doubles_until_there_is_a_step() -> None:
     assert streak.total == 12
 
 
+def test_the_cause_is_told_from_what_its_neighbours_raise() -> None:
+    from ray.core.generated.common_pb2 import ActorDiedErrorContext
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+    from torch import OutOfMemoryError
+
+    def died(message: str) -> WorkerHealthCheckFailedError:
+        context = ActorDiedErrorContext(error_message=message, actor_id=b"0" * 16)
+        return WorkerHealthCheckFailedError("a health check failed", ActorDiedError(context))
+
+    killed = died(
+        "Worker exit type: SYSTEM_ERROR. (1) The process is killed by SIGKILL by OOM killer due to high memory"
+    )
+    away = died("The actor died because its node has died. Node Id: 12")
+    full = died(
+        "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed due to the node running low on"
+    )
+    neighbour = RuntimeError("[gloo] Connection closed by peer")
+    for error, kind, why in (
+        (killed, "a worker died", "the process of rank 1 died"),
+        (away, "a node is lost", "the node of rank 1 is gone"),
+        (full, "out of memory", "rank 1 ran out of memory: Worker exit type: NODE_OUT_OF_MEMORY"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory", "Tried to allocate 2 GiB"),
+        (Unreachable("s3://x does not answer"), "a store does not answer", "s3://x does not answer"),
+        (RuntimeError("CUDA error"), "an error", "rank 0 raised RuntimeError: [gloo] Connection"),
+    ):
+        found = failures.failure_of(WorkerGroupError("said by Ray", {0: neighbour, 1: error}))
+        assert found[0] == kind
+        assert why in found[1]
+    assert failures.failure_of(ControllerError(WorkerGroupStartupTimeoutError(2)))[0] == "no worker starts"
+    assert failures.failure_of(ActorDiedError())[0] == "a worker died"  # the controller
+
+
 def test_what_is_final_and_what_is_not() -> None:
     streak = failures.Streak()
     for images in range(0, 100_000, 64):  # gets further each time
