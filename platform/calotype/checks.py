@@ -83,6 +83,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.checkpoint_every": (1, 1e15),
     "train.keep": (1, 1e6),
     "train.keep_every": (0, 1e15),
+    "train.spike": (0, 1e9),
+    "train.bad_steps": (0, 1e6),
     "stream.memory_mb": (0, 1e7),
     "stream.readers": (1, 256),
     "stream.workers": (0, 256),
@@ -95,6 +97,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.memory_gb": (0, 1e6),
     "cluster.peak_tflops": (0, 1e6),
     "cluster.price": (0, 1e6),
+    "cluster.hang_seconds": (0, 1e6),
     "sampler.steps": (1, 10_000),
     "sampler.guidance": (0, 1e3),
     "sampler.batch": (1, 1e6),
@@ -144,6 +147,11 @@ def check(config: Any) -> None:
         _check_averages(config.ema)
     if isinstance(config, TrainAutoencoder | TrainDenoiser):
         _check_train(config)
+    if hasattr(config, "cluster") and not 0 <= config.cluster.min_workers <= config.cluster.workers:
+        raise ConfigError(
+            f"cluster.min_workers={config.cluster.min_workers} must be 0 (all) to "
+            f"cluster.workers={config.cluster.workers}"
+        )
     if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
         raise ConfigError(
             f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "
@@ -298,6 +306,8 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
     train, cluster = config.train, config.cluster
     if not 0 <= train.lanes <= train.batch:
         raise ConfigError(f"train.lanes={train.lanes} must be 0 to train.batch={train.batch}: lanes share its slots")
+    if 0 < train.spike <= 1:
+        raise ConfigError(f"train.spike={train.spike} would skip usual steps: use 0 (none) or more than 1, such as 5")
     if cluster.workers > train.batch:
         raise ConfigError(
             f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "

@@ -194,6 +194,12 @@ class Train:
     keep_every: int = setting(
         0, "images: the first checkpoint at or after each multiple is kept for ever; 0 for none", identity=False
     )
+    spike: float = setting(
+        0.0, "steps whose loss or gradient norm exceeds this many medians of the last 128 are skipped; 0: none are"
+    )
+    bad_steps: int = setting(
+        0, "steps in a row that are skipped for a loss or gradient that is not finite; one more is final"
+    )
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,9 @@ class Cluster:
 
     kind: str = setting("ray", "ray | local (in this process, one worker)", identity=False)
     workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
+    min_workers: int = setting(
+        0, "training: starts with what there is room for, at least so many of `workers`; 0: all", identity=False
+    )
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
     memory_gb: float = setting(
@@ -247,6 +256,9 @@ class Cluster:
     )
     peak_tflops: float = setting(0.0, "dense peak of a worker, for its MFU; 0: as the data sheet says", identity=False)
     price: float = setting(0.0, "of one worker for an hour: the run says its cost; 0: not known", identity=False)
+    hang_seconds: float = setting(
+        180.0, "training: ranks of which none takes a step for so long are killed and go on; 0: never", identity=False
+    )
 
 
 @dataclass(frozen=True)

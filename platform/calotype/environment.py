@@ -18,7 +18,8 @@ class Worker:
     """One process of a spread task.
 
     `stop()` turns true when the job is cancelled or its machine is about to go: save and return.  `group` is random,
-    and the same for the workers between which units are dealt, each to one living worker at a time.
+    and the same for the workers between which units are dealt, each to one living worker at a time.  `beat(phase,
+    images)` is a sign of life of a training, at every step, which costs nothing: without any its ranks count as hung.
     """
 
     rank: int = 0
@@ -28,6 +29,7 @@ class Worker:
     threads: int = 1
     stop: Callable[[], bool] = lambda: False
     group: str = ""
+    beat: Callable[[str, int], None] = lambda phase, images: None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import spread, units, workers
+from calotype.cluster import failures, spread, units, watch, workers
 from calotype.config import Cluster, Data, Prepare
 from calotype.environment import Held, Worker
-from calotype.errors import CalotypeError, ConfigError, DataError
+from calotype.errors import CalotypeError, ConfigError, DataError, Unreachable
 from calotype.runs import Record
 
 ROOT = Path(__file__).parents[2]
@@ -236,10 +237,13 @@ def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
     }
 
 
-def test_a_killed_rank_is_replaced(cluster: None, tmp_path: Path) -> None:
+def test_a_killed_rank_is_replaced(cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = spread.train(summed, config(str(tmp_path), workers=2), RECORD)
     assert result == {"total": 12.0, "world": 2, "same": True, "threads": 1, "name": "x"}
     assert (tmp_path / "killed").exists()
+    (said,) = [one.getMessage() for one in caplog.records if one.name == "calotype.cluster.ranks"]
+    assert "rank 1 died before its first step (a worker died): failure 1 of this job" in said
+    assert "goes on from the last checkpoint in 1 s" in said
 
 
 def refused(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
@@ -279,6 +283,187 @@ def test_a_signal_asks_the_body_to_stop(cluster: None, tmp_path: Path, kind: str
     thread.start()
     assert spread.train(stoppable, config(str(tmp_path), kind=kind), RECORD) == {"stopped": True}
     thread.join()
+
+
+def poisoned(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    """Goes on from 64 images, and dies of the third step."""
+    for images in range(64, 1024, 32):
+        worker.beat("starts" if images == 64 else "steps", images)
+        if images == 128:
+            time.sleep(2 * watch.BEAT)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_dying_at_the_same_images_again_and_again_is_final(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(failures.KINDS, "a worker died", 0)  # five, and each costs seconds
+    record = Record("prepare", "0" * 32, "x", str(tmp_path), str(tmp_path))
+    with pytest.raises(CalotypeError, match=r"ended 1 times at 128 images.*rank 0 died.*positions 128.*data\.takedown"):
+        spread.train(poisoned, config(), record)
+    evidence = json.loads((tmp_path / "evidence" / "000000000128-ranks.json").read_bytes())
+    assert [(one["kind"], one["began"], one["low"]) for one in evidence["failures"]] == [("a worker died", 64, 128)]
+
+
+def unreachable(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    Path(config.name, "ready").touch()
+    raise Unreachable("s3://x does not answer")
+
+
+def test_a_signal_ends_the_wait_for_the_next_attempt(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(failures, "FIRST", 600.0)
+
+    def ask() -> None:
+        until = time.monotonic() + 60
+        while not any("goes on" in one.getMessage() for one in caplog.records) and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    began = time.monotonic()
+    assert spread.train(unreachable, config(str(tmp_path)), RECORD) == {}
+    thread.join()
+    assert time.monotonic() - began < 90
+    assert any("s3://x does not answer before its first step" in one.getMessage() for one in caplog.records)
+
+
+def at(low: int, kind: str = "a worker died", began: int | None = 0, pace: int = 0) -> failures.Failure:
+    return failures.Failure(kind, "rank 0 died", began, low, low + pace)
+
+
+def test_backoff_doubles_until_there_is_a_step() -> None:
+    streak = failures.Streak()
+    away = at(0, "a store does not answer")
+    assert [streak.add(away) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert streak.add(at(64)) == 1
+    assert [streak.add(away) for _ in range(2)] == [2, 4]
+    assert streak.total == 12
+
+
+def test_the_cause_is_told_from_what_its_neighbours_raise() -> None:
+    from ray.core.generated.common_pb2 import ActorDiedErrorContext
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+    from torch import OutOfMemoryError
+
+    def died(message: str) -> WorkerHealthCheckFailedError:
+        context = ActorDiedErrorContext(error_message=message, actor_id=b"0" * 16)
+        return WorkerHealthCheckFailedError("a health check failed", ActorDiedError(context))
+
+    killed = died(
+        "Worker exit type: SYSTEM_ERROR. (1) The process is killed by SIGKILL by OOM killer due to high memory"
+    )
+    away = died("The actor died because its node has died. Node Id: 12")
+    full = died(
+        "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed due to the node running low on"
+    )
+    neighbour = RuntimeError("[gloo] Connection closed by peer")
+    for error, kind, why in (
+        (killed, "a worker died", "the process of rank 1 died"),
+        (away, "a node is lost", "the node of rank 1 is gone"),
+        (full, "out of memory", "rank 1 ran out of memory: Worker exit type: NODE_OUT_OF_MEMORY"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory", "Tried to allocate 2 GiB"),
+        (Unreachable("s3://x does not answer"), "a store does not answer", "s3://x does not answer"),
+        (RuntimeError("CUDA error"), "an error", "rank 0 raised RuntimeError: [gloo] Connection"),
+    ):
+        found = failures.failure_of(WorkerGroupError("said by Ray", {0: neighbour, 1: error}))
+        assert found[0] == kind
+        assert why in found[1]
+    assert failures.failure_of(ControllerError(WorkerGroupStartupTimeoutError(2)))[0] == "no worker starts"
+    assert failures.failure_of(ActorDiedError())[0] == "a worker died"  # the controller
+
+
+def test_what_is_final_and_what_is_not() -> None:
+    streak = failures.Streak()
+    for images in range(0, 100_000, 64):  # gets further each time
+        streak.add(at(images))
+    for images in (64, 640, 64, 640) * 50:  # further, or not: at other images
+        streak.add(at(images, pace=64))
+    for _ in range(1000):
+        streak.add(at(640, "a node is lost"))
+        streak.add(at(0, "hung"))
+    streak.add(at(640, "out of memory"))
+    streak.add(at(6400, "out of memory"))
+    with pytest.raises(CalotypeError, match=r"2 times at 6,400 images.*engine\.micro_batch"):
+        streak.add(at(6400, "out of memory"))
+    streak = failures.Streak()
+    for low in (600, 640, 610, 600, 620):  # signs of life are a second old
+        streak.add(at(low, pace=64))
+    with pytest.raises(CalotypeError, match="6 times at 630 images"):
+        streak.add(at(630, pace=64))
+    streak = failures.Streak()
+    for _ in range(5):
+        streak.add(at(0, began=None))
+    with pytest.raises(CalotypeError, match="6 times before its first step"):
+        streak.add(at(0, began=None))
+
+
+def watched(said: Callable[[int, int], tuple[int, int, str] | None], seconds: int) -> tuple[int, str]:
+    """A watch of two ranks: `said(rank, second)` gives (ticks, images, phase); after how many seconds, and why."""
+    now = 0.0
+
+    def read(rank: int) -> bytes | None:
+        if (sign := said(rank, int(now))) is None:
+            return None
+        ticks, images, phase = sign
+        return watch.Sign(rank, "node", 100 + rank, ticks, images, phase, 0, images).packed()
+
+    made = watch.Watch(read, 2, 10, clock=lambda: now)
+    for second in range(seconds):
+        now = float(second)
+        if why := made.look():
+            return second, why
+    return seconds, ""
+
+
+def test_a_hang_is_seen_by_what_no_rank_does_any_more() -> None:
+    assert watched(lambda rank, s: (s, s, "steps"), 300) == (300, "")
+    second, why = watched(lambda rank, s: (s, min(s, 20), "steps"), 300)  # both wait in a collective
+    assert 30 <= second <= 33
+    assert "no rank has got any further" in why
+    second, why = watched(lambda rank, s: (min(s, 20) if rank else s, min(s, 21), "steps"), 300)  # one is stopped
+    assert 30 <= second <= 33
+    assert "rank 1" in why
+    second, _ = watched(lambda rank, s: (s, min(s, 20), "saves" if s > 20 else "steps"), 300)  # takes its time
+    assert 120 <= second <= 123
+    second, _ = watched(lambda rank, s: (s, 0, "starts"), 300)
+    assert 100 <= second <= 103
+    assert watched(lambda rank, s: (0, 64, watch.DONE), 300) == (300, "")
+    assert watched(lambda rank, s: (min(s, 20), s, watch.DONE) if rank else (s, s, "ends"), 300) == (300, "")
+    assert watched(lambda rank, s: None, 300) == (300, "")
+
+
+def test_a_driver_that_was_stopped_itself_sees_no_hang() -> None:
+    times = iter((0.0, 1.0, 1000.0, 1001.0))
+    sign = watch.Sign(0, "node", 1, 1, 1, "steps", 0, 1).packed()
+    made = watch.Watch(lambda rank: sign, 1, 10, clock=lambda: next(times))
+    assert [made.look() for _ in range(4)] == [""] * 4
+
+
+def test_a_process_tells_its_stacks_where_no_tool_may_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tmp_path / "said"
+    code = """
+import faulthandler, signal, sys, time
+faulthandler.register(signal.SIGUSR1, 2)
+def here(): print("ready", flush=True); time.sleep(60)
+here()
+"""
+    with said.open("w") as file, subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=file) as process:
+        try:
+            process.stdout.readline()
+            assert "here" in watch.stacks(process.pid)
+            monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # and no py-spy beside it
+            assert "its own log has them" in watch.stacks(process.pid)
+            assert "in here" in said.read_text()
+            assert process.pid in watch.ended([process.pid])
+            assert process.wait() == -signal.SIGKILL
+        finally:
+            process.kill()
 
 
 def test_more_than_the_machine_has_is_refused(cluster: None) -> None:

@@ -170,12 +170,13 @@ def done(root: str, tmp_path_factory: pytest.TempPathFactory, started: Callable[
     start = found.artifacts("zero2") / f"checkpoints/{half:012d}"
     more = {"validate_every": half, "sample_every": half}
     bf16 = {"images": 20 * BATCH, "precision": "bf16"}
-    found.spawn(1, [{"name": "torch", **more}])
+    found.spawn(1, [{"name": "torch", **more}, {"name": "guarded", "spike": 1.1}])
     found.spawn(
         2,
         [
             *({"name": f"zero{job['stage']}", "checkpoint_every": half, **job, **more} for job in deepspeed[:3]),
             *({"name": f"bf16-{job['stage']}", **bf16, **job} for job in deepspeed[:3]),
+            {"name": "guarded2", "spike": 1.1, **deepspeed[2]},
         ],
     )
     found.spawn(2, [{"name": "zero3", "checkpoint_every": half, **deepspeed[3], **more}])
@@ -211,6 +212,16 @@ def test_losses_agree_when_workers_do_not_divide_the_batch(done: Runs) -> None:
 
 
 @pytest.mark.skipif(STEPS < 200, reason="too few steps: make slow takes enough")
+def test_all_ranks_skip_the_same_steps(done: Runs) -> None:
+    one, two = done.losses("guarded"), done.losses("guarded2")
+    assert one.keys() == two.keys(), "a step that was skipped has no loss"
+    assert 0 < done.figures("guarded2")["skipped_steps"] == STEPS - len(two)
+    assert one == pytest.approx(two, rel=1e-5)
+    first = min(set(range(BATCH, BATCH * STEPS, BATCH)) - two.keys())
+    kept = json.loads((done.artifacts("guarded2") / f"evidence/{first:012d}.json").read_text())
+    assert [len(keys) for keys in kept["keys"].values()] == [BATCH // 2] * 2
+
+
 def test_training_learns(done: Runs) -> None:
     losses = list(done.losses("torch").values())
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])

@@ -253,6 +253,44 @@ def test_loss_scale_finds_its_place_and_gives_up_at_one(kind: str, stage: int) -
         overflow()
 
 
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
+def test_a_step_that_is_not_taken_leaves_everything_as_it_was(kind: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    engine, other = made(kind, stage), made(kind, stage)
+    judged: list[float] = []
+
+    def states() -> dict[str, torch.Tensor]:
+        kinds, scalars = engine.states()
+        flat = {f"{kind}.{name}": tensor.clone() for kind, named in kinds.items() for name, tensor in named.items()}
+        return flat | {name: torch.tensor(value) for name, value in scalars.items()}
+
+    def no(norm: torch.Tensor) -> bool:
+        judged.append(float(norm))
+        layers = engine.layer_norms()
+        assert len(layers) == (0 if stage else 6)
+        assert stage or math.isnan(judged[-1]) or math.hypot(*layers.values()) == pytest.approx(judged[-1])
+        return False
+
+    engine.brake.judge = no
+    steps(engine, 0, 1)  # before Adam has any state
+    engine.brake.judge = lambda norm: True
+    steps(engine, 1, 3)
+    before = states()
+    engine.brake.judge = no
+    steps(engine, 4, 1)
+    engine.backward(engine(torch.full((12, 7), math.nan)).sum())
+    engine.step(1e-2, 60, 12)
+    assert len(judged) == 3, "each is judged once"
+    assert judged[1] > 0.5, "before it is clipped"
+    assert not math.isfinite(judged[2])
+    after = states()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    engine.brake.judge = lambda norm: True
+    steps(other, 1, 3)
+    assert steps(engine, 6, 4) == steps(other, 6, 4)  # bit by bit
+
+
 def test_decay_ramps_up() -> None:
     ema = config.EMA(halflife=1000, rampup=0.05)
     assert decay(ema, 2000, 100) == pytest.approx(0.5 ** (100 / 100))

@@ -76,8 +76,10 @@ def settings(images: int = 10 * BATCH, lr: float = 1e-2, micro: int = 0, **train
     )
 
 
-def task(made: Any, poison: int = -1, seen: list[int] | None = None, width: int = 16, **more: Any) -> loop.Task:
-    """y = 3 x, with dropout; `poison`: the position whose input is not a number."""
+def task(
+    made: Any, poison: Any = (), seen: list[int] | None = None, width: int = 16, by: float = math.nan, **more: Any
+) -> loop.Task:
+    """y = 3 x, with dropout; `poison`: the positions whose input is multiplied `by` that."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, 4))
     micro = loop.micro_batch(made, 1)
@@ -87,14 +89,15 @@ def task(made: Any, poison: int = -1, seen: list[int] | None = None, width: int 
 
     def batches(position: int) -> Iterator[Any]:
         while True:
-            yield SimpleNamespace(positions=np.arange(position, position + BATCH))
+            positions = np.arange(position, position + BATCH)
+            yield SimpleNamespace(positions=positions, keys=[f"k{p}" for p in positions.tolist()])
             position += BATCH
 
     def prepare(batch: Any) -> dict[str, torch.Tensor]:
         if seen is not None:
             seen.extend(batch.positions.tolist())
         x = np.stack([philox(1, p, 1).standard_normal(4, np.float32) for p in batch.positions.tolist()])
-        x[batch.positions == poison] = math.nan
+        x[np.isin(batch.positions, poison)] *= by
         return {"x": torch.from_numpy(x)}
 
     def step(rows: Any) -> dict[str, torch.Tensor]:
@@ -192,6 +195,63 @@ def test_nan_stops_with_evidence_and_saves_nothing(record: Record, notes: Notes,
         loop.run(task(made, poison=6 * BATCH + 3), made, Worker(), record)
     assert checkpoint.committed(record.artifacts) == [5 * BATCH]
     assert notes.finished == 1
+    kept = json.loads(record.artifacts.read("evidence/000000000056.json"))  # of the step, however rare the log is
+    assert kept["positions"] == [6 * BATCH, 7 * BATCH]
+    assert kept["keys"] == {"0": [f"k{p}" for p in range(6 * BATCH, 7 * BATCH)]}
+    assert kept["ending"] == "final"
+    assert kept["values"]["gradient_norm"] == "nan"
+
+
+def test_a_spike_is_skipped_with_evidence_and_a_resume_judges_alike(record: Record, notes: Notes) -> None:
+    made = settings(images=60 * BATCH, spike=5.0)
+    poison = [20 * BATCH, 40 * BATCH + 3, 50 * BATCH]  # the first before there are enough steps to tell
+    other = Record(record.job, "0" * 32, "x", record.root, record.artifact_root + "2")
+    figures = loop.run(task(made, poison, by=30.0), made, Worker(), other)
+    whole = losses(notes)
+    assert figures["skipped_steps"] == 2
+    assert whole.keys() == {step * BATCH for step in range(1, 61)} - {41 * BATCH, 51 * BATCH}
+    kept = json.loads(other.artifacts.read("evidence/000000000328.json"))
+    assert kept["ending"] == "skipped"
+    assert "times its median over the last 40 steps" in kept["why"]
+    assert kept["keys"]["0"][3] == "k323"
+    assert kept["layer_gradient_norms"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert [step["skipped"] for step in kept["last"]] == [False] * 40 + [True]
+    assert not other.artifacts.exists("evidence/000000000168.json")
+    notes.points.clear()
+    half = settings(images=45 * BATCH, spike=5.0)
+    loop.run(task(half, poison, by=30.0), half, Worker(), record)
+    assert loop.run(task(made, poison, by=30.0), made, Worker(), record)["skipped_steps"] == 2
+    assert losses(notes) == whole  # bit by bit
+
+
+def test_a_level_that_stays_becomes_the_usual_one() -> None:
+    made = settings(images=110 * BATCH, spike=5.0, log_every=10 * BATCH)
+    figures = loop.run(task(made, range(40 * BATCH, 110 * BATCH), by=30.0), made, Worker())
+    assert 30 < figures["skipped_steps"] < 60
+    assert figures["loss"] > 100, "the last steps were taken"
+
+
+def test_steps_that_are_not_finite_are_skipped_to_a_limit(record: Record, notes: Notes) -> None:
+    made = settings(images=20 * BATCH, bad_steps=2, log_every=4 * BATCH)
+    poison = [6 * BATCH, 7 * BATCH, 9 * BATCH]
+    other = Record(record.job, "0" * 32, "x", record.root, record.artifact_root + "2")
+    figures = loop.run(task(made, poison), made, Worker(), other)
+    assert figures["skipped_steps"] == 3
+    assert all(math.isfinite(loss) for loss in losses(notes).values())
+    assert json.loads(other.artifacts.read("evidence/000000000056.json"))["values"]["loss"] == "nan"
+    with pytest.raises(CalotypeError, match=r"3 steps in a row.*at 72 images.*bad_steps=2.*evidence/0{10}72\.json"):
+        loop.run(task(made, [*poison, 8 * BATCH]), made, Worker(), record)
+    assert checkpoint.committed(record.artifacts) == []
+
+
+def test_signs_of_life_at_every_step_and_what_takes_longer(record: Record, notes: Notes) -> None:
+    made = settings(images=4 * BATCH, validate_every=2 * BATCH, sample_every=4 * BATCH, checkpoint_every=2 * BATCH)
+    told: list[tuple[str, int]] = []
+    loop.run(task(made), made, Worker(beat=lambda phase, images: told.append((phase, images))), record)
+    assert told == [
+        ("starts", 0), ("steps", 8), ("validates", 16), ("saves", 16), ("steps", 16), ("steps", 24),
+        ("validates", 32), ("draws", 32), ("saves", 32), ("ends", 32),
+    ]  # fmt: skip
 
 
 def test_a_damaged_newest_checkpoint_costs_one_interval(

@@ -5,8 +5,8 @@ With cluster.kind=local the same functions run the body here, in this process, a
 What ends how:
   - CalotypeError (a setting, the data, a loss that is not a number) is final and is raised here as it was raised there.
   - So is what can only be a bug (TypeError and its like), and any exception of a unit.
-  - A worker that dies (killed, out of memory, its machine gone) is replaced: its unit is handed out again, or the ranks
-    start again and the body goes on from its own checkpoint.  RETRIES times.
+  - A worker that dies (killed, out of memory, its machine gone) is replaced: its unit is handed out again, RETRIES
+    times; or the ranks start again and the body goes on from its own checkpoint, as often as it takes (ranks.py).
   - `map` goes on with the workers that there are: those for which there is no room join when there is.
   - SIGTERM (`calotype cancel`, a preempted machine) and the first Ctrl-C ask a training to save and return, by
     `Worker.stop`; `map` and `one` end at once, for every unit is committed whole.
@@ -18,18 +18,17 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from calotype.cluster import jobs
+from calotype.cluster import jobs, ranks
+from calotype.cluster.failures import first_line
 from calotype.cluster.units import Actors, Waiting
-from calotype.cluster.workers import POLL, Body, Units, get, put, run_one, run_rank, unpacked, worker_here
+from calotype.cluster.workers import POLL, Body, Units, run_one, worker_here
 from calotype.config import Cluster, Job
 from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError
@@ -38,18 +37,7 @@ from calotype.runs import Record
 Unit = TypeVar("Unit")
 Made = TypeVar("Made")
 
-ENDING = 60.0  # seconds that the other ranks have to end after a final error
-RETRIES = 5  # deaths of a worker that one unit, or one training, survives
-# Ray Train looks at its workers every 2 s by default (every 0.1 s would be felt in the step time of two slow cores);
-# and parts of it that nothing here uses would each start a process.
-TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
+RETRIES = 5  # deaths of a worker that one unit survives
 
 
 def map(
@@ -145,12 +133,14 @@ def one(body: Body, config: Job, record: Record) -> dict[str, Any]:
         except ray.exceptions.RayTaskError as error:
             raise _raised(error) from None
         except ray.exceptions.RayError as error:
-            raise CalotypeError(f"the worker died {RETRIES + 1} times: {_first_line(error)}") from None
+            raise CalotypeError(f"the worker died {RETRIES + 1} times: {first_line(error)}") from None
 
 
 def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
     """Run `body(config, worker, record)` on cluster.workers ranks that form one torch process group; rank 0's result.
 
+    With cluster.min_workers each attempt starts with the ranks that there is room for: fewer when a node was lost, all
+    again when there is one.  The order of samples does not depend on how many they are.
     `worker.stop()` may turn true at different steps on different ranks: the body agrees on one before it acts.
     """
     if config.cluster.kind == "local":
@@ -158,85 +148,12 @@ def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
             return body(config, worker_here(config.cluster, asked.is_set), record)
 
     _connect(config.cluster)
-    _check_room(config.cluster, config.cluster.workers)
-    key = secrets.token_hex(8)
-    done: dict[str, Any] = {}
-    payload = {"body": body, "config": config, "record": record, "key": key}
-    fit = threading.Thread(target=_fit, args=(payload, done), name="fit", daemon=True)
+    _check_room(config.cluster, config.cluster.min_workers or config.cluster.workers)
     with _stopped_by_signal() as asked:
-        fit.start()
-        while fit.is_alive():
-            fit.join(POLL)
-            if asked.is_set() and not get(f"{key}:stop"):
-                put(f"{key}:stop", b"1")
-            if error := get(f"{key}:error"):
-                fit.join(ENDING)  # ranks that wait for the failed one end themselves
-                raise unpacked(error)
-    if "error" in done:
-        raise done["error"]
-    return dict(done["result"] or {})
+        return ranks.run(body, config, record, asked)
 
 
 # ------------------------------------------------------------------------------------------------ on the driver
-
-
-def _fit(payload: dict[str, Any], done: dict[str, Any]) -> None:
-    """Ray Train's side of `train`, in a thread: it would take over Ctrl-C in the main one."""
-    for name, text in TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(name, text)
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    class Lean(DataParallelTrainer):
-        """Without two actors, seconds each: one for Ray Data, one that cleans up in drivers that outlive their job."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-            return [made for made in super()._create_default_callbacks() if not isinstance(made, unused)]
-
-    cluster: Cluster = payload["config"].cluster
-    scratch = tempfile.mkdtemp(prefix="calotype-train-")
-    try:
-        run_config: Any = RunConfig(
-            name=payload["key"],
-            storage_path=scratch,
-            failure_config=FailureConfig(max_failures=RETRIES),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        )
-        # Not TorchTrainer: it has the driver and the controller import torch, seconds before any worker starts.
-        trainer: Any = Lean(
-            run_rank,
-            train_loop_config=payload,
-            backend_config=_shared_devices(),
-            scaling_config=ScalingConfig(
-                num_workers=cluster.workers,
-                use_gpu=cluster.gpus > 0,
-                resources_per_worker={"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus else {}),
-            ),
-            run_config=run_config,
-        )
-        done["result"] = trainer.fit().return_value
-    except BaseException as error:  # also the SystemExit that ray.shutdown raises in here
-        done["error"] = CalotypeError(f"training failed {RETRIES + 1} times, the last time with: {_last_line(error)}")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _shared_devices() -> Any:
-    """Let the ranks of a machine see each other's GPUs, as NCCL wants."""
-    from ray.train.backend import Backend, BackendConfig
-
-    class Shared(Backend):
-        share_cuda_visible_devices = True
-
-    class SharedConfig(BackendConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Shared
-
-    return SharedConfig()
 
 
 def _connect(cluster: Cluster) -> None:
@@ -259,7 +176,7 @@ def _connect(cluster: Cluster) -> None:
     try:
         ray.init(address, runtime_env=runtime_env, logging_level=logging.WARNING)
     except ConnectionError as error:
-        raise CalotypeError(f"no Ray cluster at {address!r} ({_first_line(error)}): run `calotype up`") from None
+        raise CalotypeError(f"no Ray cluster at {address!r} ({first_line(error)}): run `calotype up`") from None
 
 
 def _check_room(cluster: Cluster, workers: int) -> None:
@@ -286,14 +203,6 @@ def _raised(error: Any) -> Exception:
     """What the body raised, as it was: CalotypeErrors speak for themselves, others bring their traceback along."""
     cause = error.cause
     return cause if isinstance(cause, CalotypeError) else error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _last_line(error: BaseException) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,17 @@ driver, which are small values in the cluster's key-value store.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import pickle
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from calotype.cluster.watch import BEAT, DONE, Pulse, Sign
 from calotype.config import Cluster, Job
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, Unreachable
@@ -56,11 +59,13 @@ def worker_here(cluster: Cluster, stop: Callable[[], bool] = lambda: False) -> W
 
 def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
     """One rank: join the process group, run the body, leave."""
-    key = payload["key"]
-    if get(f"{key}:error"):
-        return None  # started again after a final error: the driver has it
+    import ray.train
+
+    faulthandler.register(signal.SIGUSR1, 2)  # its stacks into its log: see watch.py
+    rank, key, pulse = ray.train.get_context().get_world_rank(), payload["key"], Pulse()
     try:
-        return _in_group(payload)
+        with _heard(key, f"{key}:{payload['attempt']}:{rank}", rank, pulse) as asked:
+            return _in_group(payload, pulse, asked)
     except BaseException as error:
         if isinstance(error, (CalotypeError, *BUGS)) and not isinstance(error, Unreachable):
             put(f"{key}:error", packed(error), overwrite=False)
@@ -68,7 +73,7 @@ def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
         raise
 
 
-def _in_group(payload: dict[str, Any]) -> dict[str, Any] | None:
+def _in_group(payload: dict[str, Any], pulse: Pulse, asked: threading.Event) -> dict[str, Any] | None:
     for library in ("botocore", "matplotlib"):
         logging.getLogger(library).setLevel(logging.WARNING)  # Ray Train has every library speak at INFO
     import ray.train
@@ -94,37 +99,51 @@ def _in_group(payload: dict[str, Any]) -> dict[str, Any] | None:
         device = str(get_device())
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if config.cluster.gpus else "gloo")
-    with _stop_flag(payload["key"]) as asked:
-        result = payload["body"](
-            config, Worker(rank, world, local, device, config.cluster.cpus, asked.is_set), payload["record"]
-        )
+    worker = Worker(rank, world, local, device, config.cluster.cpus, asked.is_set, beat=pulse)
+    result = payload["body"](config, worker, payload["record"])
     torch.distributed.destroy_process_group()
     return result if rank == 0 else None
 
 
 @contextlib.contextmanager
-def _stop_flag(key: str) -> Iterator[threading.Event]:
-    """An event that follows the cluster's flag, so that looking at it costs a step nothing.
+def _heard(key: str, name: str, rank: int, pulse: Pulse) -> Iterator[threading.Event]:
+    """Tell the driver how far this rank is, and follow the cluster's flag: an event that is set when it asks to stop.
 
-    A final error of another rank ends this process: it may wait in a collective for the one that failed.
+    Both in a thread, so that they cost a step nothing.  A final error of another rank ends this process: it may wait
+    in a collective for the one that failed.
     """
-    asked, over = threading.Event(), threading.Event()
+    import ray
 
-    def look() -> None:
-        while not over.wait(POLL):
-            with contextlib.suppress(Exception):  # a head that is busy for a moment
+    asked, over = threading.Event(), threading.Event()
+    node = ray.get_runtime_context().get_node_id()
+
+    def tell(ticks: int, phase: str) -> None:
+        with contextlib.suppress(Exception):  # a head that is busy for a moment
+            sign = Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.began, pulse.images)
+            put(name, sign.packed())
+
+    def follow() -> None:
+        ticks = 0
+        while True:
+            if ticks % round(BEAT / POLL) == 0:
+                tell(ticks, pulse.phase)
+            if over.wait(POLL):
+                return
+            ticks += 1
+            with contextlib.suppress(Exception):
                 if get(f"{key}:stop"):
                     asked.set()
                 if get(f"{key}:error") and not over.is_set():
                     os._exit(1)
 
-    thread = threading.Thread(target=look, name="stop", daemon=True)
+    thread = threading.Thread(target=follow, name="signs", daemon=True)
     thread.start()
     try:
         yield asked
     finally:
         over.set()
         thread.join()
+        tell(-1, DONE)  # also of one that failed: where, exactly
 
 
 def _use_threads(count: int) -> None:
@@ -156,6 +175,12 @@ def get(name: str) -> bytes | None:
     from ray.experimental.internal_kv import _internal_kv_get
 
     return _internal_kv_get(name, namespace=SPACE)
+
+
+def forget(prefix: str) -> None:
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(prefix, del_by_prefix=True, namespace=SPACE)
 
 
 def packed(error: BaseException) -> bytes:

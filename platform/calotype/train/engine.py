@@ -24,7 +24,7 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.train import kernels
 from calotype.train.ema import averages
-from calotype.train.plain import Cast, Piece, Plain, adamw, clip, dealt, named
+from calotype.train.plain import Brake, Cast, Piece, Plain, adamw, clip, dealt, named
 from calotype.train.shares import Copies, Share
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +42,11 @@ class Backend(Protocol):
     pieces: list[Piece]
     replicated: bool
     optimizer: Any  # torch.optim.AdamW
+
+    @property
+    def norm(self) -> Tensor: ...  # of the step that is being taken, before clipping
+
+    norms: Sequence[Tensor]  # of each parameter with a gradient, where they are known
 
     def forward(self, last: bool, *args: Any, **kwargs: Any) -> Any: ...
     def backward(self, loss: Tensor, last: bool, scale: float) -> None: ...
@@ -91,6 +96,7 @@ class Engine:
             self._backend = Zero(cast, optim, engine, worker, accumulation)
         else:
             self._backend = Plain(cast, optim, worker)
+        self.brake = Brake(self._backend.optimizer, lambda: self._backend.norm)
         self._averages = averages(self._backend.partitions, ema)
         self._copies = Copies([piece for piece in self._backend.pieces if piece.rank == worker.rank], worker.device)
 
@@ -126,9 +132,16 @@ class Engine:
         if self.dynamic:
             self._rescale(taken)
             norm = norm if taken else torch.zeros_like(norm)
+        taken = self.brake.verdict(norm, again=taken) and taken
         for average in self._averages.values() if taken else ():
             average.update(images, batch)
         return norm
+
+    def layer_norms(self) -> dict[str, float]:
+        """Gradient norms by parameter of the step that is being judged; {} where gradients are partitioned."""
+        with_gradient = [name for name, p in self.module.named_parameters() if p.grad is not None]
+        norms = [float(norm) / self.loss_scale for norm in self._backend.norms]
+        return dict(zip(with_gradient, norms, strict=True)) if len(norms) == len(with_gradient) else {}
 
     def _rescale(self, taken: bool) -> None:
         self._good = self._good + 1 if taken else 0
@@ -278,6 +291,7 @@ class Zero:
         self.stage = engine.stage
         self.replicated = self.stage == 0
         self.limit = optim.clip
+        self.norms: Sequence[Tensor] = ()
         self.parameters = list(module.parameters())
         numel = sum(p.numel() for p in self.parameters)
         bucket = min(
@@ -321,11 +335,18 @@ class Zero:
             self.zero.override_loss_scale(scale)
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    @property
+    def norm(self) -> Tensor:
+        if self.stage == 0:
+            return self._norm
+        return torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32)  # get_global_grad_norm: a step late
+
     def step(self, scale: float) -> Tensor:
         if self.stage:
             self.engine.step()  # skips by itself, on all ranks alike, when the norm is not finite
             return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
-        norm = clip(self.parameters, self.limit, scale)
+        norm, self.norms = clip(self.parameters, self.limit, scale)
+        self._norm = norm
         if scale == 1.0 or math.isfinite(float(norm)):
             self.engine.step()
         else:

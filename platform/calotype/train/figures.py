@@ -1,4 +1,4 @@
-"""What the loop knows of itself: figures over all ranks, time that counts, who wants to stop, numbers that are none."""
+"""What the loop knows of itself: figures over all ranks, time that counts, who wants to stop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from calotype import runs
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, DataError
-from calotype.train import checkpoint
+from calotype.errors import DataError
 
 
 @dataclass
@@ -33,12 +32,15 @@ class Meter:
     def __init__(self, worker: Worker, batch: int, engines: Collection[str], retries: Callable[[], int] = int) -> None:
         self.worker, self.batch, self.retries = worker, batch, retries
         self.shown = dict.fromkeys(engines, "loss") if len(engines) == 1 else {}
+        self.first_bad = 0  # images at the end of the first step of the last reading that was not finite; 0: all were
         self.reset()
 
     def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.step_sums: dict[str, Tensor] = {}  # of the step that is being taken
         self.norms: Tensor | None = None
-        self.steps, self.rate, self.waited = 0, 0.0, 0.0
+        self.bad: Tensor | None = None  # images at the end of the first step that is not finite, or infinity
+        self.steps, self.skipped, self.rate, self.waited = 0, 0, 0.0, 0.0
         self.seconds, self.running = 0.0, 0.0
 
     def resume(self) -> None:
@@ -48,12 +50,20 @@ class Meter:
     def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
         for name, value in values.items():
             part = (value.detach().double() * weight).sum() / self.batch
-            self.sums[name] = self.sums[name] + part if name in self.sums else part
+            self.step_sums[name] = self.step_sums[name] + part if name in self.step_sums else part
 
-    def step(self, norms: list[Tensor], rate: float, wait: float) -> None:
-        norm = torch.stack([norm.detach() for norm in norms]).max()
-        self.norms = norm if self.norms is None else self.norms + norm
-        self.steps, self.rate, self.waited = self.steps + 1, rate, self.waited + wait
+    def step(self, norms: list[Tensor], rate: float, wait: float, images: int, taken: bool = True) -> None:
+        """The step that ends with `images` seen; one that was not taken is left out of the means."""
+        self.rate, self.waited = rate, self.waited + wait
+        if taken:
+            norm = torch.stack([norm.detach() for norm in norms]).max()
+            self.norms = norm if self.norms is None else self.norms + norm
+            bad = torch.full_like(norm, images, dtype=torch.float64).masked_fill(norm.isfinite(), math.inf)
+            self.bad = bad if self.bad is None else torch.minimum(self.bad, bad)
+            for name, part in self.step_sums.items():
+                self.sums[name] = self.sums[name] + part if name in self.sums else part
+        self.steps, self.skipped = self.steps + 1, self.skipped + (not taken)
+        self.step_sums = {}
         self.seconds += time.monotonic() - self.running
 
     def read(self, clock: Clock) -> dict[str, float]:
@@ -66,13 +76,16 @@ class Meter:
         if self.worker.world > 1:
             dist.all_reduce(vector)
         *values, waited, retried = vector.tolist()  # waits for the device: so the time counts as training
-        assert self.norms is not None
+        first = math.inf if self.bad is None else float(self.bad)
+        self.first_bad = int(first) if math.isfinite(first) else 0
         seconds = self.seconds + time.monotonic() - began
         images = self.steps * self.batch
         clock.trained += max(seconds - waited, 0.0)
         clock.waited += waited
-        figures = {self.shown.get(name, name): value / self.steps for name, value in zip(names, values, strict=True)}
-        figures["gradient_norm"] = float(self.norms) / self.steps
+        taken = self.steps - self.skipped
+        figures = {self.shown.get(name, name): value / taken for name, value in zip(names, values, strict=True)}
+        if self.norms is not None:
+            figures["gradient_norm"] = float(self.norms) / taken
         figures["lr"] = self.rate
         figures["images_per_second"] = images / max(seconds, 1e-9)
         figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
@@ -108,11 +121,7 @@ class LeftOut:
         mine = dict(self.mine())
         if not agree(self.worker, bool(mine.keys() - self.known.keys())):
             return {"left_out": len(self.known)} if self.known else {}
-        parts: list[Any] = [mine]
-        if self.worker.world > 1:
-            parts = [None] * self.worker.world
-            dist.all_gather_object(parts, mine)
-        for part in parts:
+        for part in gathered(self.worker, mine):
             self.known |= part
         if self.record is not None and self.worker.rank == 0:
             lines = [json.dumps({"name": name, "reason": why}) + "\n" for name, why in sorted(self.known.items())]
@@ -122,19 +131,6 @@ class LeftOut:
                             f"stream.error_budget={self.settings.error_budget}: "
                             f"{', '.join(sorted(self.known)[:5])} ... ({next(iter(self.known.values()))})")  # fmt: skip
         return {"left_out": len(self.known)}
-
-
-def refuse_nonfinite(figures: Mapping[str, float], images: int, record: runs.Record | None) -> None:
-    """Stop with the evidence; weights after this are worth nothing and are not saved."""
-    bad = [name for name, value in figures.items() if not math.isfinite(value)]
-    if bad:
-        last = checkpoint.latest(record.artifacts) if record else None
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        since = f"{last:,} images" if last else "the start"
-        raise CalotypeError(
-            f"{' and '.join(bad)} not finite at {images:,} images ({shown}): nothing was saved since {since}; "
-            "lower optim.lr, set optim.clip, or use engine.precision=bf16 or fp32"
-        )
 
 
 class Asked:
@@ -166,3 +162,12 @@ def agree(worker: Worker, flag: bool, group: Any = None) -> bool:
     vote = torch.tensor(float(flag), device="cpu" if group is not None else worker.device)
     dist.all_reduce(vote, group=group)
     return bool(vote.item() > 0)
+
+
+def gathered(worker: Worker, mine: Any) -> list[Any]:
+    """What every rank has, by rank.  Collective."""
+    if worker.world == 1:
+        return [mine]
+    parts: list[Any] = [None] * worker.world
+    dist.all_gather_object(parts, mine)
+    return parts

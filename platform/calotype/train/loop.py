@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ from calotype.console import Progress
 from calotype.environment import Worker
 from calotype.errors import DataError
 from calotype.train.engine import Engine
-from calotype.train.figures import Asked, Clock, LeftOut, Meter, refuse_nonfinite
+from calotype.train.figures import Asked, Clock, LeftOut, Meter
+from calotype.train.guard import Guard
 from calotype.train.saving import resume, saves
 
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
+Ready = tuple[Tensors, Sequence[str], float]
 READY = 2  # batches prepared ahead of the step
 PRESENT = "present"  # among prepared rows: 0 for those that weigh nothing
 
@@ -90,6 +92,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     began = runs.first_attempt_started(record) if record else time.time()
     meter = Meter(worker, batch, task.engines, task.retries)
     left_out = LeftOut(worker, config, record, task.left_out, state.get("left_out", {}))
+    guard = Guard(settings, worker, task.engines, record, state.get("guard", {}))
     figures: dict[str, Any] = dict(state.get("figures", {}))
     start = images
 
@@ -109,15 +112,17 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             ending = asked.to_stop() or done
             fresh: dict[str, float] = {}
             if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
-                fresh = meter.read(clock) | left_out.read()
+                fresh = meter.read(clock) | left_out.read() | guard.figures()
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 if saving:  # what fails now must not lose the checkpoint before
                     fresh |= saving.check(wait=not all(map(math.isfinite, fresh.values())))
                 fresh.update(task.also(fresh))
-                refuse_nonfinite(fresh, images, record)
+                guard.check(fresh, images, meter.first_bad)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
+                worker.beat("validates", images)
                 fresh.update(task.validate())
             if images > start and (due(settings.sample_every) or (done and settings.sample_every)):
+                worker.beat("draws", images)
                 picture = task.draw()
                 if tracker and picture is not None:
                     tracker.picture("samples", picture, images)
@@ -129,14 +134,17 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 if tracker:
                     tracker.log(fresh, images)
             if images > start and saving and (ending or due(settings.checkpoint_every)):
+                worker.beat("saves", images)
                 also = {"unsent": tracker.pending() if tracker else [], "left_out": left_out.known}
-                saving.begin(images, clock, figures, also)
+                saving.begin(images, clock, figures, {**also, "guard": guard.state()})
             show(images, figures)
             if ending:
+                worker.beat("ends", images)
                 break
 
+            worker.beat("steps" if images > start else "starts", images)
             meter.resume()  # the clock of training runs from here
-            rows, wait = next(batches)
+            rows, keys, wait = next(batches)
             torch.manual_seed(digest_seed(config.seed, images, worker.rank))  # dropout: no state to keep
             images += batch
             for first in range(0, micro * accumulation(micro, batch, worker.world), micro):
@@ -146,8 +154,9 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     engine.backward((values[name] * weight).sum() * (worker.world / batch))
                 meter.add(values, weight)
             rate = lr(config.optim, images, settings.images)
+            guard.begin(images, keys, meter.step_sums)
             norms = [engine.step(rate, images, batch) for engine in task.engines.values()]
-            meter.step(norms, rate, wait)
+            meter.step(norms, rate, wait, images, guard.taken)
 
         if saving and (last := saving.check(wait=True)):
             figures.update(last)
@@ -226,8 +235,8 @@ def take(rows: Tensors, first: int, count: int, device: str) -> tuple[dict[str, 
 
 
 @contextlib.contextmanager
-def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[Tensors, float]]]:
-    """(prepared rows, seconds waited for them), prepared in a thread while the step runs."""
+def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[Ready]]:
+    """(prepared rows, keys of the samples, seconds waited for them), prepared in a thread while the step runs."""
     ready: queue.Queue[Any] = queue.Queue(READY)
     over = threading.Event()
     source = task.batches(position)
@@ -244,20 +253,21 @@ def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[tuple[
                 rows = dict(task.prepare(batch))
                 if not getattr(batch, "present", np.ones(1)).all():
                     rows[PRESENT] = torch.from_numpy(batch.present).float()
-                put({k: v.pin_memory() for k, v in rows.items()} if worker.device.startswith("cuda") else rows)
+                rows = {k: v.pin_memory() for k, v in rows.items()} if worker.device.startswith("cuda") else rows
+                put((rows, getattr(batch, "keys", ())))
                 if over.is_set():
                     return
             put(DataError("the batches ended before train.images was reached"))
         except BaseException as error:  # raised again where the batch is awaited
             put(error)
 
-    def drain() -> Iterator[tuple[Tensors, float]]:
+    def drain() -> Iterator[Ready]:
         while True:
             began = time.monotonic()
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
-            yield item, time.monotonic() - began
+            yield *item, time.monotonic() - began
 
     thread = threading.Thread(target=fill, name="batches", daemon=True)
     thread.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +47,54 @@ def adamw(parameters: list[nn.Parameter], optim: config.Optim) -> torch.optim.Ad
     )
 
 
+class Brake:
+    """Holds back steps of AdamW: one that is not taken leaves weights, moments and its count of steps as they are.
+
+    Works for whoever calls `optimizer.step`, at any ZeRO stage, once the gradient's norm is known and before a weight
+    changes.  (PyTorch's fused AdamW leaves everything alone where `found_inf` is one.)
+
+    Args:
+        norm: the unclipped norm of the step that is being taken.
+    """
+
+    def __init__(self, optimizer: Any, norm: Callable[[], Tensor]) -> None:
+        self.norm = norm
+        self.judge: Callable[[Tensor], bool] | None = None  # norm -> whether to take the step; collective
+        self.taken: bool | None = None  # the step now; None: nobody has judged it
+        self.one = torch.ones(())
+        optimizer.register_step_pre_hook(self._before)
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.judge is None:
+            return
+        assert type(optimizer) is torch.optim.AdamW, "no other knows found_inf"
+        assert optimizer.defaults["fused"]
+        if self.taken is None:  # ZeRO 3 steps part by part
+            self.taken = self.judge(self.norm())
+        optimizer.found_inf = None if self.taken else self.one  # type: ignore[attr-defined]
+
+    def verdict(self, norm: Tensor, again: bool) -> bool:
+        """Whether the step was taken, after it; `again`: one that the engine itself left out is judged now."""
+        if self.judge is not None and self.taken is None and again:
+            self.taken = self.judge(norm)
+        taken, self.taken = self.taken is not False, None
+        return taken
+
+
 @torch.no_grad()
-def clip(parameters: Sequence[nn.Parameter], limit: float, scale: float) -> Tensor:
-    """Unscale gradients and clip their global norm in place; gives the unclipped norm, a scalar, without waiting."""
+def clip(parameters: Sequence[nn.Parameter], limit: float, scale: float) -> tuple[Tensor, Sequence[Tensor]]:
+    """Unscale gradients and clip their global norm in place.
+
+    Returns:
+        The unclipped norm, a scalar, without waiting; and what it is made of, scaled norms by parameter.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / scale
+    norms = torch._foreach_norm(grads)
+    norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
     factor = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit else torch.ones_like(norm)
     if limit or scale != 1.0:
         torch._foreach_mul_(grads, factor / scale)
-    return norm
+    return norm, norms
 
 
 class Plain:
@@ -67,6 +106,8 @@ class Plain:
         self.module = module.to(worker.device)
         self.parameters = list(module.parameters())
         self.limit = optim.clip
+        self.norm = torch.zeros(())
+        self.norms: Sequence[Tensor] = ()
         self.optimizer = adamw(self.parameters, optim)
         self.partitions: Sequence[Tensor] = self.parameters
         self.pieces = dealt(module, worker.world)
@@ -89,7 +130,8 @@ class Plain:
         (loss * scale if scale != 1.0 else loss).backward()
 
     def step(self, scale: float) -> Tensor:
-        norm = clip(self.parameters, self.limit, scale)
+        norm, self.norms = clip(self.parameters, self.limit, scale)
+        self.norm = norm
         if scale == 1.0 or math.isfinite(float(norm)):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -104,6 +104,7 @@ class Saving:
             "figures": dict(figures),
             "unsent": [list(point) for point in also["unsent"]],
             "left_out": dict(also["left_out"]),
+            "guard": also["guard"],
             "config": digest_of(identity_fields(self.config)),
             "world": self.worker.world,
             "stage": self.config.engine.stage if self.config.engine.kind == "deepspeed" else "torch",

@@ -1,0 +1,109 @@
+"""Ranks that really hang: stopped, or asleep in their step; and fewer of them than were asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calotype.cluster import ranks, spread
+from calotype.config import Cluster, Data, Prepare
+from calotype.environment import Worker
+from calotype.runs import Record
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+RECORD = Record("prepare", "0" * 32, "x", "nowhere", "nowhere")
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: Any) -> Iterator[None]:
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+
+
+def hangs(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    """Rank 1 never comes to its fifth step, once."""
+    import torch
+    from torch import distributed as dist
+
+    kind, folder = config.name.split(":")
+    for step in range(10):
+        worker.beat("steps" if step else "starts", 32 * step)
+        if step == 5 and worker.rank == 1 and not Path(folder, "hung").exists():
+            Path(folder, "hung").touch()
+            if kind == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            sleeping_for_ever()
+        dist.all_reduce(torch.ones(1))
+    return {"pid": os.getpid()}
+
+
+def sleeping_for_ever() -> None:
+    time.sleep(10**6)
+
+
+@pytest.mark.parametrize("kind", ["stopped", "asleep"])
+def test_a_hung_rank_is_found_and_replaced(
+    cluster: None, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Prepare(
+        name=f"{kind}:{tmp_path}", data=Data(name="d"), cluster=Cluster(workers=2, hang_seconds=8.0), root="nowhere"
+    )
+    assert "pid" in spread.train(hangs, settings, RECORD)
+    hung, *stacks, goes_on = [one.getMessage() for one in caplog.records if one.name.startswith("calotype.cluster")]
+    assert {"stopped": "rank 1 has said nothing", "asleep": "no rank has got any further"}[kind] in hung
+    assert all(f"rank {rank} (pid " in hung for rank in (0, 1))
+    assert len(stacks) == 2, "stacks of every rank"
+    assert all("all_reduce" in one for one in stacks if "rank 0" in one)
+    if kind == "asleep":
+        assert any("sleeping_for_ever" in one for one in stacks if "rank 1" in one)
+    assert "at 160 images (hung): failure 1 of this job; goes on from the last checkpoint in 1 s" in goes_on
+
+
+def grows(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    """Alone it dies, once there is room for two."""
+    if worker.world == 1:
+        Path(config.name, "alone").touch()
+        while not Path(config.name, "room").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"world": worker.world}
+
+
+def test_it_starts_with_what_there_is_and_grows_back(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    spread._connect(Cluster())
+    monkeypatch.setattr(ranks, "SETTLE", 2.0)
+    total = int(ray.cluster_resources()["CPU"])
+    full = ray.remote(threading.Event).options(num_cpus=total - total // 2).remote()
+    ray.get(full.is_set.remote())
+
+    def make_room() -> None:
+        while not (tmp_path / "alone").exists():
+            time.sleep(0.05)
+        ray.kill(full)
+        while ray.available_resources().get("CPU", 0) < total // 2:
+            time.sleep(0.05)
+        (tmp_path / "room").touch()
+
+    thread = threading.Thread(target=make_room, daemon=True)
+    thread.start()
+    settings = Prepare(
+        name=str(tmp_path), data=Data(name="d"), root="nowhere",
+        cluster=Cluster(workers=2, min_workers=1, cpus=total // 2),
+    )  # fmt: skip
+    assert spread.train(grows, settings, RECORD) == {"world": 2}
+    thread.join()
+    assert any("starts with 1 of cluster.workers=2" in one.getMessage() for one in caplog.records)
