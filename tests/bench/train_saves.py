@@ -23,7 +23,7 @@ from calotype.train.saving import Saving
 from tests.bench.train_steps import OVERRIDES, SHAPE
 
 BATCH, QUIET = 64, 20  # images of a step; steps that are timed without a save
-NOTHING = {"unsent": [], "left_out": {}}
+NOTHING = {"unsent": [], "left_out": {}, "guard": {}}
 
 
 def measured(rounds: int) -> None:

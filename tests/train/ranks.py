@@ -23,7 +23,7 @@ from torch import nn
 
 WORLD, BATCH = 2, 12
 HALFLIVES = (100, 5, 30)  # the first is `ema.halflife`
-ALSO = {"unsent": [], "left_out": {}}
+ALSO = {"unsent": [], "left_out": {}, "guard": {}}
 
 
 def net() -> nn.Module:
