@@ -17,8 +17,8 @@ def home() -> Path:
 class Worker:
     """One process of a spread task.
 
-    `stop()` turns true when the job is cancelled or its machine is about to go: save and return.  `group` is random,
-    and the same for the workers between which units are dealt, each to one living worker at a time.
+    `stop()` turns true when the job is cancelled or its machine is about to go: save and return.  `group` is
+    the same for the workers between which units are dealt, each to one living worker at a time: those of one job.
     """
 
     rank: int = 0
