@@ -28,7 +28,7 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
     tally = Tally(images=images)
     make = partial(cache.make_leased, seen=cache.shown(units) if units else None)
     with Progress(shards + len(units), "shards", "encode") as progress:
-        for _, result in spread.map(make, config, units, tally.in_hand):
+        for _, result in spread.map(make, config, units, tally.in_hand, record.identity):
             made.append(result)
             tally.add(result)
             cache.leave_out(result, tally.lost, config, record)
@@ -38,9 +38,9 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
             if result.grid is not None:
                 tracker.picture("reconstructions", result.grid, 0)
     figures = cache.commit(config, made, record)
-    if tally.encoded:
-        figures["start_seconds"] = round(tally.began - began, 1)
+    figures |= {"start_seconds": round(tally.began - began, 1)} if tally.encoded else {}
     figures |= forecast.compared(config, figures, time.monotonic() - began)
+    tracker.tags({f"calotype.{name}": figures[name] for name in ("cache", "encoding")})
     data = Dataset(config.data.name, config.data.digest, f"{config.root}/datasets/{config.data.name}", "encoding")
     tracker.inputs([data], makers(config.root, "train_autoencoder", config.autoencoder.path))
     return figures

@@ -26,7 +26,7 @@ def run(config: Prepare, record: Record, tracker: Tracker) -> dict[str, Any]:
         for _, result in spread.map(prepare.make, config, plan.units):
             made.append(result)
             progress.update(len(made))
-    figures = prepare.commit(config, made)
+    figures = prepare.commit(config, made, record)
     data = Dataset(config.data.name, figures["digest"], f"{config.root}/datasets/{config.data.name}", "prepared")
     tracker.inputs([data])
     tracker.picture("samples", prepare.picture(config), 0)

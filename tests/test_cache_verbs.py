@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.config import Autoencoder, CacheLatents, Encoding, TrainDenoiser
+from calotype.config import Accept, Autoencoder, CacheLatents, Encoding, TrainDenoiser
 from calotype.data import cache
 from calotype.data.manifest import CACHE, Manifest, load_dataset
 from calotype.data.store import open_store
 from calotype.environment import Worker
+from calotype.errors import DataError
 from calotype.tasks import cache as task
 
 from tests.caches import another_version, config_of, dataset, latents_of, recorded, run
@@ -121,6 +122,16 @@ def test_verify_finds_statistics_that_are_not_those_of_the_latents(config: Cache
     assert "channel_std of the manifest is 1 1 1, of its latents 0." in out
 
 
+def test_verify_judges_by_what_the_cache_was_accepted_with(config: CacheLatents, say: Say) -> None:
+    strict = replace(config, accept=Accept(psnr=99))
+    recorded("cache_latents", strict, finish=False)  # the first attempt, which was refused
+    with pytest.raises(DataError, match=r"less than accept\.psnr=99"):
+        run(strict)
+    identity = run(config)["cache"]
+    status, out = say("verify", identity)
+    assert (status, "(accept.psnr=0, accept.psnr_loss=1)" in out) == (0, True), out
+
+
 def test_diff_names_what_differs(config: CacheLatents, say: Say) -> None:
     one = run(config)["cache"]
     wide = replace(config, encoding=Encoding(resolution=16, batch=4, dtype="float32"))
@@ -142,7 +153,8 @@ def test_gc_deletes_what_nobody_refers_to_and_asks_first(config: CacheLatents, s
     forgotten = replace(config, encoding=replace(config.encoding, resolution=8))
     task.make(forgotten, Worker())(task.plan(forgotten)[0])
     status, out = say("gc")  # all of it is younger than a day
-    assert (status, "nothing under" in out) == (0, True)
+    assert (status, "nothing else under" in out) == (0, True)
+    assert "are younger than 24 hours and stay: --hours 0 takes them too" in out
     status, out = say("gc", "--hours", "0")
     assert status == 1
     assert "say --yes" in out
@@ -159,9 +171,13 @@ def test_a_cache_that_is_given_up_goes_with_its_own_shards_alone(config: CacheLa
     made = recorded("cache_latents", config)
     newer = another_version(config)
     other = run(newer)["cache"]
-    status, _ = say("gc", identity[:8], "--hours", "0", "--yes")
-    assert status == 0
+    status, out = say("gc", identity[:8], "--yes")
+    assert (status, "are younger than 24 hours and stay" in out) == (0, True)
+    assert [one["id"] for one in json.loads(say("ls", "--json")[1])] == [other]
+    assert made.status() == "given up"
     assert cache.find_cache(open_store(config.root), config) is None
+    status, out = say("gc", "--hours", "0", "--yes")  # nobody keeps its shards any more
+    assert (status, "stay" in out) == (0, False)
     tars = [entry.key for entry in latents_of(newer).list() if entry.key.endswith(".tar")]
     assert len(tars) == 3  # two that both had, and the new one's; the first shard's are gone
     assert say("verify", other)[0] == 0

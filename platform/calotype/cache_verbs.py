@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from calotype import caches, console, runs
 from calotype.console import age, many, megabytes, size, speed
 from calotype.data import cache, differences, garbage, verify
+from calotype.data.files import Entry
 from calotype.data.filters import takedown_keys
 from calotype.data.manifest import Manifest, cache_versions, stored_encoding
 from calotype.data.store import Missing, Store, open_store
@@ -286,18 +287,23 @@ def _gc(args: argparse.Namespace) -> int:
             users = _named(one.users, runs.names(args.root))
             raise CalotypeError(f"cache {one.id[:8]} of dataset {one.dataset} is what {users} trained on: it stays")
     ids = {one.id for one in given_up}
-    found = garbage.find(root, caches.kept(args.root, ids), args.hours * 3600)
+    kept = caches.kept(args.root, ids)
+    found, whole = garbage.find(root, kept, args.hours * 3600), garbage.find(root, kept, 0)
+    young = _size(whole) - _size(found)
+    spared = (
+        f"; {size(young)} are younger than {args.hours:g} hours and stay: --hours 0 takes them too" if young else ""
+    )
     if not found and not given_up:
-        print(f"nothing under {args.root}/latents is without a cache or run that refers to it")
+        print(f"nothing{' else' * bool(young)} under {args.root}/latents is without a cache or run that refers to it"
+              f"{spared}")  # fmt: skip
         return 0
-    total = sum(entry.size for entries in found.values() for entry in entries)
     rows: list[list[Any]] = [[f"cache {one.id[:8]}", one.dataset, _words(one.encoding), "", ""] for one in given_up]
     for encoding, entries in found.items():
         shards = sum(entry.key.endswith(".tar") for entry in entries)
         about = _words(stored_encoding(root, encoding) or {}) or "unknown"
         rows.append([f"latents/{encoding[:8]}", "", about, shards, size(sum(entry.size for entry in entries))])
     console.table(f"to be deleted under {args.root}", ["what", "dataset", "encoding", "shards", "size"], rows)
-    if not _agreed(args, f"Delete {size(total)}?"):
+    if not _agreed(args, f"Delete {size(_size(found))}{spared}?"):
         return 1
     for one in given_up:
         place = root.at("caches", one.id)
@@ -309,8 +315,12 @@ def _gc(args: argparse.Namespace) -> int:
     going = {encoding: [entry for entry in entries if entry in found[encoding]]
              for encoding, entries in still.items() if encoding in found}  # fmt: skip
     garbage.delete(root, going)
-    print(f"{size(sum(entry.size for entries in going.values() for entry in entries))} deleted")
+    print(f"{size(_size(going))} deleted{spared}")
     return 0
+
+
+def _size(found: Mapping[str, Sequence[Entry]]) -> int:
+    return sum(entry.size for entries in found.values() for entry in entries)
 
 
 def _agreed(args: argparse.Namespace, question: str) -> bool:
@@ -346,9 +356,8 @@ def _take_down(args: argparse.Namespace) -> int:
         return 1 if found.unread else 0
     if found.unmarked or found.stale or found.caches:
         _show_takedown(args.root, found)
-        total = sum(entry.size for entries in found.stale.values() for entry in entries)
         samples = many(sum(map(len, found.hits.values())), "sample")
-        if not _agreed(args, f"Take down {samples} for good, and delete {size(total)} of old latents?"):
+        if not _agreed(args, f"Take down {samples} for good, and delete {size(_size(found.stale))} of old latents?"):
             return 1
         print(f"{size(takedown.take_down(args.root, found))} deleted")
     else:

@@ -62,15 +62,20 @@ def known(root: str) -> list[Known]:
             made = cache_manifest(place)
             found[name] = Known(name, made.meta["encoding"], made.name, made.meta["dataset"], made)
         except (Missing, DataError) as error:
+            if isinstance(error, Missing) and not any(place.list()):
+                continue  # it was given up: some stores keep folders of which all is gone
             found[name] = Known(name, {}, "", "", error=f"unreadable: {error}")
         found[name].modified = max((entry.modified for entry in place.list("manifest")), default=0.0)
     for record, encoding, digest, dataset in references(root):
         identity = cache.cache_id(cache.encoding_id(encoding), digest)
         one = found.setdefault(identity, Known(identity, encoding, dataset, digest, modified=record.created))
         (one.makers if record.job == "cache_latents" else one.users).append(record)
-    for one in found.values():
-        if one.manifest is None and not one.error:
+    for one in [one for one in found.values() if one.manifest is None and not one.error]:
+        one.makers = [record for record in one.makers if record.status() != "given up"]
+        if one.makers or one.users:
             _progress(store, one)
+        else:
+            del found[one.id]
     return sorted(found.values(), key=lambda one: -one.modified)
 
 
@@ -116,8 +121,8 @@ def finished(root: str, reference: str) -> tuple[Known, Manifest, Store]:
     """A cache that can be read: it, its manifest, and where its shards lie."""
     one = found_by(root, reference)
     if one.manifest is None:
-        raise CalotypeError(f"cache {one.id[:8]} of dataset {one.dataset} is not finished ({one.state}): run its job "
-                            "cache_latents again")  # fmt: skip
+        of = f" of dataset {one.dataset}" if one.dataset else ""
+        raise CalotypeError(f"cache {one.id[:8]}{of} is not finished ({one.state}): run its job cache_latents again")
     return one, one.manifest, open_store(root).at("latents", cache.encoding_id(one.encoding))
 
 

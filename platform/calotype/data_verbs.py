@@ -196,7 +196,7 @@ def _show(args: argparse.Namespace) -> int:
         ["chunks", f"{chunks:,} of {samples} samples, {size(found['chunks']['bytes'])} on average{most}"],
         ["columns", ", ".join(f"{name} {kind}" for name, kind in schema.items()) or "none"],
         ["source", _pairs(found["source"])],
-        ["passed by", _pairs(found["passed_by"]) or "nothing"],
+        ["passed by", _pairs(found["passed_by"]) or "not recorded: its run says it"],
         ["quarantined", _quarantined(quarantined)],
         ["shards at", found["shards_at"]],
         ["keys", ", ".join(found["keys"]) + (", ..." if found["keys"] else "in the shards")],

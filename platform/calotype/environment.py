@@ -17,9 +17,10 @@ def home() -> Path:
 class Worker:
     """One process of a spread task.
 
-    `stop()` turns true when the job is cancelled or its machine is about to go: save and return.  `group` is random,
-    and the same for the workers between which units are dealt, each to one living worker at a time.  `beat(phase,
-    images)` is a sign of life of a training, at every step, which costs nothing: without any its ranks count as hung.
+    `stop()` turns true when the job is cancelled or its machine is about to go: save and return.  `group` is
+    the same for the workers between which units are dealt, each to one living worker at a time: those of one job.
+    `beat(phase, images)` is a sign of life of a training, at every step, which costs nothing: without any its ranks
+    count as hung.
     """
 
     rank: int = 0

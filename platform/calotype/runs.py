@@ -20,7 +20,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from calotype.compose import as_data, identity
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import CalotypeError
 
+LEFT_OUT = "quarantined.jsonl"
 BEAT = 3.0  # seconds between two counts of a living attempt
 
 
@@ -63,12 +64,19 @@ class Record:
         return _read_json(self.store, "result.json") or {}
 
     def status(self) -> str:
-        """finished | failed | cancelled | started (running, or killed)."""
+        """finished | failed | cancelled | started (running, or killed) | given up (what it made was deleted)."""
         if self.store.exists("result.json"):
             return "finished"
         last = last_attempt(self.store)
         ended = _read_json(self.store, f"attempts/{last:04d}.end") if last else None
-        return str(ended["status"]) if ended else "started"
+        status = str(ended["status"]) if ended else "started"
+        return "given up" if status == "finished" else status
+
+    def list_left_out(self, lost: Iterable[tuple[str, str]]) -> str:
+        """Name samples and why they are left out, among the artifacts, where MLflow shows them; gives the URI."""
+        lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in lost)
+        self.artifacts.write(LEFT_OUT, "".join(lines).encode())
+        return f"{self.artifacts.uri}/{LEFT_OUT}"
 
     def check_current(self) -> None:
         """Before every commit: refuse when a newer attempt of this run has begun.

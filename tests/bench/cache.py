@@ -42,7 +42,7 @@ from tests.bench import cache_bytes, cache_gpu  # noqa: E402
 
 BATCH, WORKERS = 16, 2
 SHARD = 1280  # images: whole batches, for the last one of a shard is padded
-ENCODERS = {"dear": (128, (16, 32)), "cheap": (32, (4, 4))}  # pixels, channels
+ENCODERS = {"dear": (128, (20, 40)), "cheap": (32, (4, 4))}  # pixels, channels
 ASKED = 0.90  # of the bare encoder
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class Bucket:
     flows: dict[tuple[str, str], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # by their changes
     spreads: Counter[tuple[str, str]] = field(default_factory=Counter)
     _objects: dict[str, tuple[bytes | int, str, datetime]] = field(default_factory=dict)
-    _keys: list[str] = field(default_factory=list)  # sorted, without those that are new
+    _keys: list[str] = field(default_factory=list)  # sorted
     _lock: Any = field(default_factory=threading.Lock)
 
     # --------------------------------------------------------------------------- what S3Store asks of a client
@@ -57,6 +57,8 @@ class Bucket:
         with self._lock:
             if IfNoneMatch and Key in self._objects:
                 raise _error("PreconditionFailed")
+            if Key not in self._objects:
+                insort(self._keys, Key)
             self._objects[Key] = data, (Metadata or {}).get("writer", ""), datetime.fromtimestamp(self.now, UTC)
 
     def upload_fileobj(self, Body: Any, Bucket: str, Key: str, Config: Any) -> None:
@@ -77,8 +79,6 @@ class Bucket:
         return self
 
     def paginate(self, Bucket: str, Prefix: str) -> Iterator[dict[str, Any]]:
-        if len(self._keys) != len(self._objects):
-            self._keys = sorted(self._objects)
         at = bisect_left(self._keys, Prefix)
         while True:
             page = [key for key in self._keys[at : at + PAGE] if key.startswith(Prefix)]
@@ -86,7 +86,7 @@ class Bucket:
             yield {"Contents": [self._entry(key) for key in page]}
             if len(page) < PAGE:
                 return
-            at += PAGE
+            at = bisect_right(self._keys, page[-1])  # after the last one, whatever came meanwhile
 
     # ------------------------------------------------------------------------------------------------- figures
 
@@ -107,7 +107,7 @@ class Bucket:
 
     def forget(self, name: str) -> None:
         del self._objects[name]
-        self._keys = []
+        del self._keys[bisect_left(self._keys, name)]
 
     def during(self, body: Callable[[], Any]) -> Counter[tuple[str, str]]:
         """(kind, folder) -> requests that something made."""

@@ -48,10 +48,10 @@ def test_the_run_says_what_was_predicted(tmp_path: Path) -> None:
     config = config_of(tmp_path, "", autoencoder=PIXELS)
     figures = run(config)
     assert forecast.compared(config, figures, 7.2) == {}  # nobody asked
-    forecast.keep(config, forecast.forecast(replace(config, data=config.data), Worker(), rate=1.0))
+    forecast.keep(config, forecast.forecast(replace(config, data=config.data), Worker(), rate=1.0, price=2.0))
     assert forecast.compared(config, run(config), 7.2) == {}  # nothing was encoded
     found = forecast.compared(config, {"samples_encoded": 8}, 7.2)
-    assert found["actual_hours"] == 0.002
+    assert (found["actual_hours"], found["actual_cost"]) == (0.002, 0.004)
 
 
 def test_a_dataset_of_which_nothing_can_be_encoded_is_said(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calotype import runs
 from calotype.compose import as_data, compose, identity
 from calotype.config import Cluster, Data, Prepare, Track
 from calotype.data import shards
@@ -284,6 +285,11 @@ def test_a_budget_is_kept_by_name_and_nothing_is_published(tmp_path: Path) -> No
     bad = {row["name"] for row in listed}
     assert kept == {item.key for item in items if item.name not in bad}
     assert run(config) == figures  # again, with quarantined items in the shards
+    record = runs.Record("prepare", "", "p", config.root, f"{tmp_path}/run")
+    write = prepare.make(config, Worker())
+    prepare.commit(config, [write(unit) for unit in prepare.plan(config).units], record)
+    listed = [json.loads(line) for line in record.artifacts.read("quarantined.jsonl").splitlines()]
+    assert listed == manifest(config).meta["quarantined"]
 
 
 def test_mended_files_come_back(tmp_path: Path) -> None:

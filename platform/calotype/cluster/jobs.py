@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from calotype import compose, console, provenance
+from calotype.cluster import local
 from calotype.errors import CalotypeError
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -155,6 +156,10 @@ def _surviving(ask: Any) -> Any:
         try:
             return ask()
         except Unanswered:
+            if local.stopped():
+                raise CalotypeError(
+                    "the stack was stopped, and its jobs with it: `calotype up`, then the same command goes on"
+                ) from None
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)

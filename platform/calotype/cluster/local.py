@@ -100,6 +100,13 @@ def down(home: Path | None = None) -> list[str]:
         return ran
 
 
+def stopped() -> bool:
+    """Whether the embedded stack that the environment names was stopped by `down`."""
+    state = _load(home := default_home())
+    ours = read_credentials(home / "credentials").get("RAY_ADDRESS", "") == os.environ.get("RAY_ADDRESS")
+    return ours and "scratch" not in state
+
+
 def status(home: Path | None = None) -> list[Row]:
     """What there is, really asked: a signed S3 request, MLflow's health page, Ray's API with its token."""
     home = (home or default_home()).absolute()

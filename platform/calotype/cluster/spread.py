@@ -45,6 +45,7 @@ def map(
     config: Job,
     units: Sequence[Unit],
     told: Callable[[int], None] = lambda busy: None,
+    group: str = "",
 ) -> Iterator[tuple[Unit, Made]]:
     """Apply `make(config, worker)` to every unit, on up to cluster.workers actors; results as they come.
 
@@ -53,11 +54,12 @@ def map(
 
     Args:
         told: is told how many units are in workers' hands.
+        group: of the workers (`Worker.group`), the same for each attempt of a job; random if empty.
 
     Raises:
         CalotypeError: as a unit raised it; or a unit whose worker died RETRIES times, named.
     """
-    waiting, group = Waiting(units), secrets.token_hex(8)
+    waiting, group = Waiting(units), group or secrets.token_hex(8)
     if config.cluster.kind == "local":
         yield from _map_here(make(config, replace(worker_here(config.cluster), group=group)), units, waiting, told)
         return

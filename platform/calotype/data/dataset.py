@@ -119,10 +119,11 @@ def open_dataset(
 
 
 def open_cache(root: str, cache: str, split: str = "train", weight: float = 1.0) -> Dataset:
-    """A latent cache by its id (`calotype runs show NAME` of its cache_latents run tells it)."""
+    """A latent cache by its id, or how that begins (`calotype cache ls`; the `cache` of its cache_latents run)."""
     from calotype.data.cache import encoding_id
 
-    found = open_store(root).at("caches", cache)
+    fitting = [one for one in open_store(root).folders("caches") if len(cache) >= 4 and one.startswith(cache)]
+    found = open_store(root).at("caches", fitting[0] if len(fitting) == 1 else cache)
     try:
         manifest = cache_manifest(found)
     except Missing as error:

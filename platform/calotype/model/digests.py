@@ -162,5 +162,8 @@ def _files_digest(folder: Path) -> str:
     vocabulary = [name for name in names if not name.endswith(("_config.json", "_map.json"))]
     chosen = ["tokenizer.json"] if "tokenizer.json" in vocabulary else vocabulary
     if not chosen:
-        raise ConfigError(f"{folder} holds no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}")
+        raise ConfigError(
+            f"{folder} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)}): set conditions.NAME.tokenizer to a "
+            "folder that does, or to small"
+        )
     return digest_of({name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in chosen})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from calotype.config import Accept, CacheLatents
+from calotype.console import many
 from calotype.data import cache, images, shards
 from calotype.data.manifest import Shard
 from calotype.data.store import Store
@@ -188,7 +189,7 @@ def within_budget(lost: Sequence[tuple[Shard, Lost]], config: CacheLatents, list
     some = "; ".join(f"{shard.key}/{one.key}: {one.reason}" for shard, one in lost[:NAMED])
     more = "; ..." if len(lost) > NAMED else ""
     raise DataError(
-        f"{len(lost)} samples of dataset {config.data.name} could not be encoded, more than data.error_budget="
+        f"{many(len(lost), 'sample')} of dataset {config.data.name} could not be encoded, more than data.error_budget="
         f"{config.data.error_budget}: {some}{more}{f'; all of them: {listed}' if listed else ''}; remove them, or "
         "raise the budget and run again: what is encoded stays"
     )

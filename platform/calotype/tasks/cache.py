@@ -7,7 +7,6 @@ What a shard's bytes are depends on the shard and the encoding alone; a shard th
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -37,7 +36,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 SHOWN = 8  # images whose reconstructions are drawn
-LEFT_OUT = "quarantined.jsonl"  # of the run: a line for each sample without a latent
 log = logging.getLogger(__name__)
 
 READERS = 64  # sidecars read at once when a cache is committed
@@ -267,19 +265,16 @@ def leave_out(made: Made, lost: Sequence[tuple[Shard, Lost]], config: CacheLaten
     """
     for one in made.lost:
         log.warning("left out: %s/%s: %s", made.source.key, one.key, one.reason)
-    if len(lost) > config.data.error_budget:
-        _list_left_out(record, _named(lost))
-    accept.within_budget(lost, config, f"{record.artifacts.uri}/{LEFT_OUT}")
+    listed = record.list_left_out(_names(_named(lost))) if len(lost) > config.data.error_budget else ""
+    accept.within_budget(lost, config, listed)
 
 
 def _named(lost: Iterable[tuple[Shard, Lost]]) -> list[dict[str, Any]]:
     return [{"shard": source.key, **asdict(one)} for source, one in lost]
 
 
-def _list_left_out(record: runs.Record, lost: Sequence[Mapping[str, Any]]) -> None:
-    """All of them among the run's artifacts, where MLflow shows them."""
-    lines = (json.dumps({"name": f"{one['shard']}/{one['key']}", "reason": one["reason"]}) + "\n" for one in lost)
-    record.artifacts.write(LEFT_OUT, "".join(lines).encode())
+def _names(lost: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(f"{one['shard']}/{one['key']}", one["reason"]) for one in lost]
 
 
 def commit(config: CacheLatents, results: Iterable[Made], record: runs.Record | None = None) -> dict[str, Any]:
@@ -302,7 +297,7 @@ def commit(config: CacheLatents, results: Iterable[Made], record: runs.Record | 
         if not publish_cache(store, manifest):
             manifest = cache_manifest(store)
     if record is not None and manifest.meta.get("quarantined"):
-        _list_left_out(record, manifest.meta["quarantined"])
+        record.list_left_out(_names(manifest.meta["quarantined"]))
     totals, accepted = manifest.totals().values(), manifest.meta.get("acceptance", {})
     tally = Tally(results)
     figures: dict[str, Any] = {
@@ -371,6 +366,7 @@ def _manifest(
         **merged,
         "devices": sorted({found.device for found in in_order}),
         "acceptance": report,
+        "accept": asdict(config.accept),
         "quarantined": _named(lost)
         + [one for s in dataset.shards for one in takedowns.left_out(store, s, taken.get(s.sha256, ()))],
     }

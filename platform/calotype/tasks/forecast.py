@@ -44,7 +44,8 @@ class Forecast:
     hours: float
     bytes: int  # of the whole cache
     bytes_per_sample: float
-    cost: float  # in the currency of the price
+    price: float  # of one worker for an hour
+    cost: float
     epochs: float | None  # of encoding while training instead, after which the cache has paid for itself; if timed
 
 
@@ -79,6 +80,7 @@ def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: flo
         hours=hours,
         bytes=round(size * samples),
         bytes_per_sample=round(size, 1),
+        price=price,
         cost=hours * config.cluster.workers * price,
         epochs=None if rate else round(images / samples / share, 2),
     )
@@ -125,8 +127,12 @@ def compared(config: CacheLatents, figures: dict[str, Any], seconds: float) -> d
     if not figures["samples_encoded"]:
         return {}
     share = figures["samples_encoded"] / max(expected["images"], 1) * expected["workers"] / config.cluster.workers
-    return {
+    made = {
         "predicted_hours": round(expected["hours"] * share, 4),
         "actual_hours": round(seconds / 3600, 4),
         "predicted_bytes": expected["bytes"],
     }
+    if price := expected.get("price", 0.0):
+        costs = (hours * config.cluster.workers * price for hours in (expected["hours"] * share, seconds / 3600))
+        made |= dict(zip(("predicted_cost", "actual_cost"), (round(cost, 4) for cost in costs)))
+    return made

@@ -31,6 +31,7 @@ from calotype.data.sources import open_source
 from calotype.data.store import Missing, Store, open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
+from calotype.runs import Record
 
 RECIPE = 2  # counted up when the same input would become other bytes
 NAMED = 5  # kinds of quarantine that an error spells out
@@ -120,8 +121,11 @@ def make(config: Prepare, worker: Worker) -> Callable[[Unit], Made]:
     return write
 
 
-def commit(config: Prepare, results: Iterable[Made]) -> dict[str, Any]:
+def commit(config: Prepare, results: Iterable[Made], record: Record | None = None) -> dict[str, Any]:
     """Publish the manifest of what was made.
+
+    Args:
+        record: the run, which gets a list of what is quarantined.
 
     Returns:
         samples (held out ones included), held_out, shards, bytes, quarantined, passed_by (files that are no images),
@@ -156,6 +160,8 @@ def commit(config: Prepare, results: Iterable[Made]) -> dict[str, Any]:
     members = tuple(sorted({member for result in results for member in result.members}))
     manifest = Manifest(DATASET, config.data.name, members, tuple(written), meta)
     published = publish_dataset(store, manifest)
+    if record is not None and quarantined:
+        record.list_left_out(quarantined)
     store.delete("quarantined.jsonl")  # of an attempt that failed; the manifest lists what is left out now
     store.write("prepared.json", json.dumps({"state": config.data.digest}).encode())
     return {

@@ -137,6 +137,7 @@ def images(
     assert one.manifest is not None
     config, found = settings(one, root), Found()
     limits = config.accept if config else Accept()
+    limits = Accept(**one.manifest.meta["accept"]) if "accept" in one.manifest.meta else limits
     if limits.psnr < 0:  # no job that is known: what the cache had when it was made
         limits = replace(limits, psnr=accept.expected((one.manifest.meta.get("acceptance") or {}).get("psnr")))
     each = limits.samples if samples is None else samples
