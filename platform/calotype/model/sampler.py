@@ -65,8 +65,10 @@ def _flow_scheduler(diffusion: config.Diffusion, kind: str) -> Any:
 
 
 def set_timesteps(steps: Any, count: int, device: torch.device | str = "cpu") -> None:
-    """Choose the `count` timesteps of a scheduler of `scheduler`."""
-    if type(steps).__name__ == "FlowMatchEulerDiscreteScheduler":
+    """Choose the `count` timesteps that a scheduler goes through."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if isinstance(steps, FlowMatchEulerDiscreteScheduler):
         # of itself it would spend its last evaluation on what lies below t = 1 / T
         steps.set_timesteps(sigmas=np.linspace(1, 1 / count, count), device=device)
     else:
