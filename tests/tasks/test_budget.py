@@ -23,7 +23,7 @@ from calotype.tasks.spent import Spent
 from calotype.train.engine import Engine
 from calotype.train.memory import per_rank
 
-from tests.caches import dataset
+from tests.caches import config_of, dataset, run
 
 CLIP = {"_target_": "transformers.CLIPTextConfig", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2}  # fmt: skip
@@ -181,17 +181,22 @@ def test_as_people_type_it(tmp_path: Path, typed: Callable[..., tuple[int, str]]
     dataset(tmp_path / "root")
     settings = [f"root={tmp_path / 'root'}", "data.name=toy", "autoencoder=identity", "encoding.resolution=16"]
     settings += ["denoiser=unet_tiny", "denoiser.model.block_out_channels=[16,32]", "denoiser.model.norm_num_groups=8"]
-    settings += ["conditions=label", "train.batch=16", "cluster.workers=2", "train.images=1000"]
+    settings += ["conditions=label", "encoding.batch=4", "train.batch=16", "cluster.workers=2", "train.images=1000"]
     status, out = typed("plan", "train_denoiser", *settings, "--price", "3600000")
     assert status == 0, out
     for word in ("timed here", "FLOPs per image", "cost", "no cache yet", "zero3", "fits: engine=zero0"):
         assert word in out
+    label = {"label": C.Condition(kind="class", source="label", classes=10)}
+    pixels = C.Autoencoder(kind="identity", f=1, channels=3)
+    figures = run(config_of(tmp_path / "root", "", autoencoder=pixels, conditions=label))
     status, out = typed("plan", "train_denoiser", *settings, "--rate", "50", "--memory", "1", "--price", "2", "--json")
     found = json.loads(out)
     assert found["hours"] == pytest.approx(1000 / 100 / 3600)
     assert found["cost"] == pytest.approx(found["hours"] * 4)
     assert found["checkpoint"] == 16 * found["parameters"]
     assert found["wanted"] == 8
+    assert 0 < found["latents"] < figures["bytes"], "but for what is held out"
+    assert found["latents_read"] == pytest.approx(found["latents"] / 17 * 1000, abs=1)
     status, out = typed("plan", "train_denoiser", *settings, "cluster.gpus=1")
     if not torch.cuda.is_available():
         assert (status, "say --memory" in out) == (1, True)
