@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from calotype.errors import ConfigError
-from calotype.model.build import instantiate, target
+from calotype.model.build import checkpoint_activations, instantiate, target
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -111,3 +113,17 @@ def test_settings_that_the_class_refuses_are_the_users() -> None:
         instantiate({"_target_": "diffusers.UNet2DConditionModel", "no_such": 1})
     with pytest.raises(ConfigError, match="without _target_"):
         instantiate({"config": TEXT})
+
+
+def test_checkpointed_activations_change_no_gradient() -> None:
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    plain = AutoencoderKL(**sizes, **kinds)
+    again = copy.deepcopy(plain)
+    checkpoint_activations(torch.nn.ModuleList([again]))
+    assert again.encoder.gradient_checkpointing
+    images, gradients = torch.randn(2, 3, 16, 16), []
+    for model in (plain, again):
+        model.train()(images).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype import registry, track
+from calotype import compose, registry, track
 from calotype.errors import CalotypeError
 from calotype.tasks import promote as task
 from calotype.tasks.sample import load_denoiser
 
+from tests.caches import recorded
 from tests.tasks.conftest import Line
 
 TRAINED = ["encoding.resolution=16", "denoiser=unet_tiny", "denoiser.model.block_out_channels=[8,16]",
            "denoiser.model.norm_num_groups=4", "denoiser.model.attention_head_dim=2", "train.batch=8", "engine=torch",
-           "train.images=24", "train.checkpoint_every=8", "train.validate_every=8", "train.sample_every=8",
+           "train.images=16", "train.checkpoint_every=8", "train.validate_every=8", "train.sample_every=8",
            "sampler.steps=1", "prompts=[a seven]", "train.keep=9", "optim.lr=0.3", "ema.rampup=0.01"]  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def test_the_best_checkpoint_becomes_a_version_once(
     losses = dict(_losses(record))
     images, loss = task.best(record)
     assert loss == min(losses.values())
-    assert images == min(losses, key=lambda one: losses[one]) != max(losses), "a learning rate that does harm"
+    assert images == min(losses, key=lambda one: losses[one]) == 8, "a learning rate that does harm"
 
     made = task.promote(str(root), "run:promoted", name, "champion")
     assert (made.version, made.images, made.fresh, made.why) == ("1", images, True, "")
@@ -85,17 +86,13 @@ def test_a_model_that_diffusers_has_no_place_for_is_registered_without_an_export
     assert version.tags["calotype.export"] == made.why
 
 
-def test_what_is_not_promoted_is_said(root: Path, line: Line, typed: Callable[..., tuple[int, str]]) -> None:
+def test_what_is_not_promoted_is_said(root: Path, typed: Callable[..., tuple[int, str]]) -> None:
     status, out = typed("promote", "run:latent", "--root", str(root))
     assert (status, "train_denoiser latent was trained with track=none" in out) == (1, True)
-    record = line("train_denoiser", "autoencoder=identity", *TRAINED[:8], "seed=7", "name=begun")
-    result = record.store.read("result.json")
-    record.store.delete("result.json")
-    try:
-        status, out = typed("promote", record.identity, "--root", str(root))
-        assert (status, "not finished: nothing is promoted yet" in out) == (1, True)
-    finally:
-        record.store.write("result.json", result)
+    begun = compose.compose("train_denoiser", ["autoencoder=identity", f"root={root}", "name=begun", "seed=9"])
+    recorded("train_denoiser", begun, finish=False)
+    status, out = typed("promote", "run:begun", "--root", str(root))
+    assert (status, "begun is cancelled, not finished: nothing is promoted yet" in out) == (1, True)
 
 
 def _losses(record: Any) -> Any:

@@ -18,7 +18,7 @@ from calotype.data.manifest import CACHE, Manifest
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError
-from calotype.tasks.memory import ROOM, Option, advice, options, wanted
+from calotype.tasks.memory import ROOM, Option, advice, measured, options, wanted
 
 SECONDS, STEPS = 5.0, 3  # a timed step takes about that long at most, if one image does; timed steps
 CPU_IMAGES = 8  # of a timed step without a GPU, where more images make none of them faster
@@ -75,8 +75,9 @@ def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: flo
             f"cluster.gpus={config.cluster.gpus:g} and this machine has no GPU: say --memory (GB of a worker's GPU)"
         )
     shape = checks.latent_shape(config.autoencoder, config.encoding.resolution)
-    parameters, train, world = cost.parameters(config, shape), config.train, config.cluster.workers
-    found = options(config, memory)
+    train, world = config.train, config.cluster.workers
+    needs = measured(config, False, True)
+    found = options(config, needs, memory)
     plain = next(one for one in found if one.checkpoint_activations == config.engine.checkpoint_activations)
     fits = int((ROOM * own - plain.memory.whole - plain.once) // max(plain.each, 1))
     timed = not rate and worker is not None and fits > 0
@@ -84,11 +85,11 @@ def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: flo
         assert worker is not None
         rate = _timed(config, worker, min(fits, wanted(config)))
     hours = train.images / (rate * world) / 3600 if rate else 0.0
-    size = 4 * parameters * (4 if config.ema.halflife else 3)
+    size = 4 * needs[0].parameters * (4 if config.ema.halflife else 3)
     latents, samples = _latents(config)
     saved = math.ceil(train.images / train.checkpoint_every)
     return Budget(
-        parameters=parameters,
+        parameters=needs[0].parameters,
         flops_per_image=cost.flops_per_image(config, shape),
         memory=memory,
         workers=world,

@@ -117,11 +117,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         `loss`, `validation_loss`, `images`, `images_per_second`, `data_wait_percent`, `goodput` and the other last
         figures; empty when the worker was asked to stop before the end.
     """
-    import torch
-
     from calotype.model import conditioner
-    from calotype.model.build import checkpoint_activations
-    from calotype.model.denoiser import build_denoiser
     from calotype.model.diffusion import Diffusion
     from calotype.tasks.spent import Spent
     from calotype.train import loop
@@ -133,15 +129,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     diffusion = Diffusion(config.diffusion)
     micro = loop.micro_batch(config, worker.world)
-    resumes = record is not None and checkpoint.latest(record.artifacts) is not None
-    bare = replace(config, denoiser=replace(config.denoiser, init_from=""))  # what it began from may be gone by now
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # every worker starts from the same weights
-        model = build_denoiser(bare if resumes else config, cache.shape_of(manifest.meta["encoding"]))
-    if not resumes:
-        start_from_run(config, model)
-    if config.engine.checkpoint_activations:
-        checkpoint_activations(model)
+    model = _starting(config, cache.shape_of(manifest.meta["encoding"]), record)
     steps = loop.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
@@ -176,6 +164,25 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     if figures.pop("stopped"):
         return {}
     return {**figures, **spent.figures(figures), "flops_per_image": spent.flops}
+
+
+def _starting(config: TrainDenoiser, shape: tuple[int, int, int], record: runs.Record | None) -> Any:
+    """The denoiser with the same weights on every worker; those of a checkpoint come later, into the engine."""
+    import torch
+
+    from calotype.model.build import checkpoint_activations
+    from calotype.model.denoiser import build_denoiser
+
+    resumes = record is not None and checkpoint.latest(record.artifacts) is not None
+    bare = replace(config, denoiser=replace(config.denoiser, init_from=""))  # what it began from may be gone by now
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_denoiser(bare if resumes else config, shape)
+    if not resumes:
+        start_from_run(config, model)
+    if config.engine.checkpoint_activations:
+        checkpoint_activations(model)
+    return model
 
 
 def _arrays(config: TrainDenoiser) -> tuple[str, ...]:

@@ -19,6 +19,16 @@ STAGES = (("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("
 
 
 @dataclass(frozen=True)
+class Need:
+    """Of a network: its parameters, and bytes of activations, per micro-batch (`once`) and per image (`each`)."""
+
+    checkpoint_activations: bool
+    parameters: int
+    once: int
+    each: int
+
+
+@dataclass(frozen=True)
 class Option:
     """One way to train: what a worker holds, and the largest micro-batch that fits (0: none), up to its share.
 
@@ -46,10 +56,11 @@ def refuse_too_big(config: TrainDenoiser) -> None:
     """
     if not (config.cluster.gpus and config.cluster.memory_gb):
         return
-    memory = round(config.cluster.memory_gb * 1e9)
-    mine = chosen(config, options(config, memory, (config.engine.checkpoint_activations,)))
+    memory, again = round(config.cluster.memory_gb * 1e9), config.engine.checkpoint_activations
+    needs = measured(config, again)
+    mine = chosen(config, options(config, needs, memory))
     if mine.bytes > ROOM * memory:
-        way = " ".join(advice(config, options(config, memory)))
+        way = " ".join(advice(config, options(config, needs + measured(config, not again), memory)))
         raise ConfigError(
             f"engine={mine.engine} with {wanted(config)} images per forward takes {mine.bytes / 1e9:.3g} GB of each "
             f"worker's cluster.memory_gb={config.cluster.memory_gb:g}, of which a tenth is left free: "
@@ -57,21 +68,37 @@ def refuse_too_big(config: TrainDenoiser) -> None:
         )
 
 
-def options(config: TrainDenoiser, memory: int, checkpointed: Sequence[bool] = (False, True)) -> list[Option]:
-    """Every engine, and each with activations checkpointed, smallest stage first."""
+def measured(config: TrainDenoiser, *checkpointed: bool) -> list[Need]:
+    """What the network needs without and with activations checkpointed, as is asked: seconds for each."""
     from calotype.model import cost
 
     shape, gpu = checks.latent_shape(config.autoencoder, config.encoding.resolution), bool(config.cluster.gpus)
-    parameters, made = cost.parameters(config, shape), []
+    parameters, found = cost.parameters(config, shape), []
     for again in checkpointed:
         how = replace(config, engine=replace(config.engine, checkpoint_activations=again))
         kept = cost.activations(how, shape, gpu)
+        found.append(Need(again, parameters, kept.once, kept.each))
+    return found
+
+
+def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[Option]:
+    """Every engine for each of the needs, those that keep their activations first, smallest stage first."""
+    gpu, ema, made = bool(config.cluster.gpus), bool(config.ema.halflife), []
+    for need in sorted(needs, key=lambda need: need.checkpoint_activations):
         for kind, stage in STAGES:
-            held = per_rank(parameters, config.cluster.workers, kind, stage, bool(config.ema.halflife), gpu)
-            states = held.whole + kept.once
-            most = min(max(int((ROOM * memory - states) // max(kept.each, 1)), 0), share(config))
-            name = kind if kind == "torch" else f"zero{stage}"
-            made.append(Option(name, again, held, kept.once, kept.each, most, states + kept.each * wanted(config)))
+            held = per_rank(need.parameters, config.cluster.workers, kind, stage, ema, gpu)
+            states = held.whole + need.once
+            made.append(
+                Option(
+                    engine=kind if kind == "torch" else f"zero{stage}",
+                    checkpoint_activations=need.checkpoint_activations,
+                    memory=held,
+                    once=need.once,
+                    each=need.each,
+                    micro_batch=min(max(int((ROOM * memory - states) // max(need.each, 1)), 0), share(config)),
+                    bytes=states + need.each * wanted(config),
+                )
+            )
     return made
 
 
