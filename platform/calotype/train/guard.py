@@ -71,7 +71,11 @@ class Guard:
         """Plain data, so that a resumed run judges as this one would."""
         if not self.on:
             return {}
-        return {"skipped": self.skipped, "bad": self.bad, "last": {name: list(of) for name, of in self.last.items()}}
+        return {
+            "skipped": self.skipped,
+            "bad": dict(self.bad),
+            "last": {name: list(of) for name, of in self.last.items()},
+        }
 
     def begin(self, images: int, keys: Sequence[str], losses: Mapping[str, Tensor]) -> None:
         """A step is about to be taken.
