@@ -240,6 +240,19 @@ def test_average_equals_that_of_one_process(done: Runs, stage: int) -> None:
     assert off < 0.1 * drift  # far nearer to its twin than to the weights that it averages
 
 
+def test_averages_are_drawn_from_by_their_halflife(done: Runs, root: str) -> None:
+    from calotype.runs import Record
+    from calotype.tasks import sample
+
+    artifacts = str(done.artifacts("torch"))
+    record = Record("train_denoiser", "torch", "torch", root, artifacts, config=as_data(settings(root)))
+    first, same, further = (sample.load_denoiser(record, halflife=h).denoiser.state_dict() for h in (0, 400, 5))
+    stored = checkpoint.weights(record.artifacts, BATCH * STEPS, "denoiser", halflife=5)
+    assert all(torch.equal(first[name], same[name]) for name in stored)
+    assert all(torch.equal(further[name], stored[name]) for name in stored)
+    assert any((first[name] != further[name]).any() for name in stored)
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_validation_and_pictures_agree(done: Runs, stage: int) -> None:
     first, further = (done.losses(f"zero{stage}", f"validation_loss{which}") for which in ("", "_ema_5"))
