@@ -126,10 +126,14 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 if tracker:
                     tracker.log(fresh, images)
             if images > start and saving and (ending or due(settings.checkpoint_every)):
-                also = {"unsent": tracker.pending() if tracker else [], "left_out": left_out.known}
-                saving.begin(images, clock, figures, also)
+                unsent = [list(point) for point in tracker.pending()] if tracker else []
+                saving.begin(images, clock, figures, {"unsent": unsent, "left_out": dict(left_out.known)})
             show(images, figures)
             if ending:
+                if saving and (last := saving.check(wait=True)):
+                    figures.update(last)
+                    if tracker:
+                        tracker.log(last, images)
                 break
 
             meter.resume()  # the clock of training runs from here
@@ -145,11 +149,6 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             rate = lr(config.optim, images, settings.images)
             norms = [engine.step(rate, images, batch) for engine in task.engines.values()]
             meter.step(norms, rate, wait)
-
-        if saving and (last := saving.check(wait=True)):
-            figures.update(last)
-            if tracker:
-                tracker.log(last, images)
 
     seconds = max(clock.trained + clock.waited, 1e-9)
     overall = {"images_per_second": images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
