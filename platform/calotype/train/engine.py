@@ -168,10 +168,11 @@ class Engine:
         The memory is that of the share before, which must have been written by now.
         """
         first = self.worker.rank == 0
+        scalars = self._scalars()  # before the copies, for which nobody is to wait here
         buffers = {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers.items() if first}
         kinds, ready = self._copies.take(self._kinds())
         pieces = [(piece.name, piece.begin, piece.count) for piece in self._copies.pieces]
-        return Share(self._shapes, pieces, kinds, buffers, ready), self._scalars()
+        return Share(self._shapes, pieces, kinds, buffers, ready), scalars
 
     def states(self) -> tuple[States, dict[str, float]]:
         """Named whole fp32 tensors on rank 0's CPU, empty on the others, and scalars everywhere.  Collective."""
