@@ -1,4 +1,6 @@
-"""What each rank writes of a checkpoint (its format: `checkpoint.py`), and the commit that makes one of all of it."""
+"""Whole states <=> each rank's share of them; what a rank writes of a checkpoint (its format: `checkpoint.py`), and
+the commit that makes one of all of it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from calotype.data.store import Store
 from calotype.data.threads import Daemons, Steps
+from calotype.environment import Worker
 from calotype.train import plain
 from calotype.train.checkpoint import BUFFERS, COMMIT, FOLDER, FORMAT, Piece
 
@@ -86,6 +90,51 @@ def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+@torch.no_grad()
+def gathered(
+    tensors: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Sequence[plain.Piece],
+    replicated: bool,
+    worker: Worker,
+) -> dict[str, Tensor]:
+    """Partition-wise tensors of all ranks => {parameter: whole tensor} on rank 0's CPU, {} elsewhere.  Collective."""
+    first = worker.rank == 0
+    made = {name: torch.empty(shape) for name, shape in shapes.items()} if first else {}
+    for index, tensor in enumerate(tensors):
+        ranks: list[Tensor] | None = [tensor.detach().contiguous()]
+        if not replicated:
+            ranks = [torch.empty_like(tensor) for _ in range(worker.world)] if first else None
+            dist.gather(tensor.detach(), ranks)
+        for piece in pieces if first else ():
+            if piece.partition == index:
+                assert ranks is not None
+                part = ranks[0 if replicated else piece.rank].view(-1)[piece.start : piece.start + piece.count]
+                made[piece.name].view(-1)[piece.begin : piece.begin + piece.count] = part.cpu()
+    return made
+
+
+@torch.no_grad()
+def take_over(
+    named: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Sequence[plain.Piece],
+    replicated: bool,
+    worker: Worker,
+) -> None:
+    """{parameter: whole tensor} => this rank's partition-wise tensors."""
+    for piece in pieces:
+        if piece.begin == 0 if replicated else piece.rank == worker.rank:
+            whole, target = named[piece.name], tensors[piece.partition].data
+            assert tuple(whole.shape) == shapes[piece.name], piece.name
+            if replicated:
+                target.copy_(whole)
+                continue
+            part = whole.reshape(-1)[piece.begin : piece.begin + piece.count]
+            target.view(-1)[piece.start : piece.start + piece.count].copy_(part)
 
 
 def write(store: Store, images: int, rank: int, shares: Mapping[str, Share]) -> dict[str, Any]:
