@@ -18,6 +18,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT, FIRST_FORMAT = "calotype.checkpoint/2", "calotype.checkpoint/1"
 FOLDER, COMMIT = "checkpoints", "COMMIT.json"
 BUFFERS = "buffers"  # a kind of its own: the weights and their averages have them in common
 BLOCK = 2**24  # bytes per read
+FETCHED = 4  # files that are downloaded at once
 
 Piece = tuple[str, int, int]  # (parameter, its first element here, how many)
 
@@ -118,7 +120,9 @@ def opened(
             if kinds is None or kind in kinds or (kinds and shared):
                 paths = files.setdefault(kind, {})
                 if shared or (_engine(kind), part) not in missed:
-                    paths[part] = fetched(key)
+                    paths[part] = folder / key
+        with ThreadPoolExecutor(FETCHED) as pool:
+            list(pool.map(fetched, [path.name for paths in files.values() for path in paths.values()]))
         buffers = {kind: _Whole(files.pop(kind).values()) for kind in list(files) if kind.endswith(f".{BUFFERS}")}
         tensors: dict[str, Mapping[str, Tensor]] = {}
         for kind, paths in files.items():

@@ -25,7 +25,7 @@ from calotype.errors import CalotypeError, ConfigError
 from calotype.train import kernels
 from calotype.train.ema import averages
 from calotype.train.plain import Brake, Cast, Piece, Plain, adamw, clip, dealt, named
-from calotype.train.shares import Copies, Share
+from calotype.train.shares import Copies, Share, gathered, take_over
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -183,18 +183,22 @@ class Engine:
         The memory is that of the share before, which must have been written by now.
         """
         first = self.worker.rank == 0
+        scalars = self._scalars()  # before the copies, for which nobody is to wait here
         buffers = {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._buffers.items() if first}
         kinds, ready = self._copies.take(self._kinds())
         pieces = [(piece.name, piece.begin, piece.count) for piece in self._copies.pieces]
-        return Share(self._shapes, pieces, kinds, buffers, ready), self._scalars()
+        return Share(self._shapes, pieces, kinds, buffers, ready), scalars
 
     def states(self) -> tuple[States, dict[str, float]]:
         """Named whole fp32 tensors on rank 0's CPU, empty on the others, and scalars everywhere.  Collective."""
-        made = {kind: self._gather(tensors) for kind, tensors in self._kinds().items()}
+        made = {kind: gathered(tensors, *self._layout()) for kind, tensors in self._kinds().items()}
         if self.worker.rank == 0:
             for kind in made.keys() - set(MOMENTS):
                 made[kind].update({name: buffer.detach().cpu() for name, buffer in self._buffers.items()})
         return made, self._scalars()
+
+    def _layout(self) -> tuple[dict[str, tuple[int, ...]], list[Piece], bool, Worker]:
+        return self._shapes, self._backend.pieces, self._backend.replicated, self.worker
 
     def _kinds(self) -> dict[str, Sequence[Tensor]]:
         """What a state is made of, partition by partition."""
@@ -220,7 +224,8 @@ class Engine:
         """
         backend = self._backend
         for kind, tensors in self._kinds().items():
-            self._scatter(states.get(kind, states["weights"]) if kind in self._averages else states[kind], tensors)
+            named = states.get(kind, states["weights"]) if kind in self._averages else states[kind]
+            take_over(named, tensors, *self._layout())
         for part in backend.partitions:
             self._moments(part)["step"].fill_(scalars["adam_step"])
         for name, buffer in self._buffers.items():
@@ -237,39 +242,6 @@ class Engine:
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(partition, memory_format=torch.preserve_format).detach()
         return state
-
-    @torch.no_grad()
-    def _gather(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Partition-wise tensors of all ranks -> {parameter name: whole tensor on rank 0's CPU}."""
-        first = self.worker.rank == 0
-        made = {name: torch.empty(shape) for name, shape in self._shapes.items()} if first else {}
-        for index, tensor in enumerate(tensors):
-            ranks: list[Tensor] | None = [tensor.detach().contiguous()]
-            if not self._backend.replicated:
-                ranks = [torch.empty_like(tensor) for _ in range(self.worker.world)] if first else None
-                dist.gather(tensor.detach(), ranks)
-            for piece in self._backend.pieces if first else ():
-                if piece.partition == index:
-                    assert ranks is not None
-                    part = ranks[0 if self._backend.replicated else piece.rank]
-                    source = part.view(-1)[piece.start : piece.start + piece.count]
-                    made[piece.name].view(-1)[piece.begin : piece.begin + piece.count] = source.cpu()
-        return made
-
-    @torch.no_grad()
-    def _scatter(self, named: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> None:
-        """{parameter name: whole tensor} -> this rank's partition-wise tensors."""
-        for piece in self._backend.pieces:
-            target = tensors[piece.partition].data
-            if self._backend.replicated and piece.begin == 0:
-                target.copy_(self._checked(named, piece.name))
-            elif not self._backend.replicated and piece.rank == self.worker.rank:
-                part = self._checked(named, piece.name).reshape(-1)[piece.begin : piece.begin + piece.count]
-                target.view(-1)[piece.start : piece.start + piece.count].copy_(part)
-
-    def _checked(self, named: Mapping[str, Tensor], name: str) -> Tensor:
-        assert tuple(named[name].shape) == self._shapes[name], name
-        return named[name]
 
 
 def join(worker: Worker, kind: str) -> None:

@@ -135,11 +135,16 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     tracker.log(fresh, images)
             if images > start and saving and (ending or due(settings.checkpoint_every)):
                 worker.beat("saves", images)
-                also = {"unsent": tracker.pending() if tracker else [], "left_out": left_out.known}
-                saving.begin(images, clock, figures, {**also, "guard": guard.state()})
+                unsent = [list(point) for point in tracker.pending()] if tracker else []
+                also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
+                saving.begin(images, clock, figures, also)
             show(images, figures)
             if ending:
                 worker.beat("ends", images)
+                if saving and (last := saving.check(wait=True)):
+                    figures.update(last)
+                    if tracker:
+                        tracker.log(last, images)
                 break
 
             worker.beat("steps" if images > start else "starts", images)
@@ -157,11 +162,6 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             guard.begin(images, keys, meter.step_sums)
             norms = [engine.step(rate, images, batch) for engine in task.engines.values()]
             meter.step(norms, rate, wait, images, guard.taken)
-
-        if saving and (last := saving.check(wait=True)):
-            figures.update(last)
-            if tracker:
-                tracker.log(last, images)
 
     seconds = max(clock.trained + clock.waited, 1e-9)
     overall = {"images_per_second": images / seconds, "data_wait_percent": 100 * clock.waited / seconds}

@@ -86,7 +86,11 @@ class Saving:
         self._token = token[0]  # whose lists they are: those of workers that died may lie beside them
 
     def begin(self, images: int, clock: Clock, figures: Mapping[str, Any], also: Mapping[str, Any]) -> None:
-        """Copy what is to be saved, and send it on its way once the one before has arrived."""
+        """Copy what is to be saved, and send it on its way once the one before has arrived.
+
+        Args:
+            also: plain data of the loop that nobody changes any more; `resume` gives it back.
+        """
         began = time.monotonic()
         self._figures |= self.check(wait=True)
         waited = time.monotonic()
@@ -102,13 +106,11 @@ class Saving:
             "trained": clock.trained,
             "waited": clock.waited,
             "figures": dict(figures),
-            "unsent": [list(point) for point in also["unsent"]],
-            "left_out": dict(also["left_out"]),
-            "guard": also["guard"],
             "config": digest_of(identity_fields(self.config)),
             "world": self.worker.world,
             "stage": self.config.engine.stage if self.config.engine.kind == "deepspeed" else "torch",
             "attempt": self.record.attempt,
+            **also,
         }
         now = time.monotonic()
         stalls = {"checkpoint_wait_seconds": waited - began, "checkpoint_stall_seconds": now - waited}

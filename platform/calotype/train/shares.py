@@ -1,4 +1,6 @@
-"""What each rank writes of a checkpoint (its format: `checkpoint.py`), and the commit that makes one of all of it."""
+"""Whole states <=> each rank's share of them; what a rank writes of a checkpoint (its format: `checkpoint.py`), and
+the commit that makes one of all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +8,28 @@ import hashlib
 import json
 import logging
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from calotype.data.store import Store
+from calotype.data.threads import Daemons, Steps
+from calotype.environment import Worker
 from calotype.train import plain
 from calotype.train.checkpoint import BUFFERS, COMMIT, FOLDER, FORMAT, Piece
 
 log = logging.getLogger(__name__)
 
 PART = 2**26  # bytes of tensors per file, unless one piece is larger: a copy of so many lies in memory while it is sent
+SENT = 4  # files that one rank sends at once: S3 gives each connection some 90 MB/s
 
 
 @dataclass(frozen=True)
@@ -83,23 +92,70 @@ def _event() -> torch.cuda.Event:
     return event
 
 
+@torch.no_grad()
+def gathered(
+    tensors: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Sequence[plain.Piece],
+    replicated: bool,
+    worker: Worker,
+) -> dict[str, Tensor]:
+    """Partition-wise tensors of all ranks => {parameter: whole tensor} on rank 0's CPU, {} elsewhere.  Collective."""
+    first = worker.rank == 0
+    made = {name: torch.empty(shape) for name, shape in shapes.items()} if first else {}
+    for index, tensor in enumerate(tensors):
+        ranks: list[Tensor] | None = [tensor.detach().contiguous()]
+        if not replicated:
+            ranks = [torch.empty_like(tensor) for _ in range(worker.world)] if first else None
+            dist.gather(tensor.detach(), ranks)
+        for piece in pieces if first else ():
+            if piece.partition == index:
+                assert ranks is not None
+                part = ranks[0 if replicated else piece.rank].view(-1)[piece.start : piece.start + piece.count]
+                made[piece.name].view(-1)[piece.begin : piece.begin + piece.count] = part.cpu()
+    return made
+
+
+@torch.no_grad()
+def take_over(
+    named: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Sequence[plain.Piece],
+    replicated: bool,
+    worker: Worker,
+) -> None:
+    """{parameter: whole tensor} => this rank's partition-wise tensors."""
+    for piece in pieces:
+        if piece.begin == 0 if replicated else piece.rank == worker.rank:
+            whole, target = named[piece.name], tensors[piece.partition].data
+            assert tuple(whole.shape) == shapes[piece.name], piece.name
+            if replicated:
+                target.copy_(whole)
+                continue
+            part = whole.reshape(-1)[piece.begin : piece.begin + piece.count]
+            target.view(-1)[piece.start : piece.start + piece.count].copy_(part)
+
+
 def write(store: Store, images: int, rank: int, shares: Mapping[str, Share]) -> dict[str, Any]:
     """Upload what one rank holds, by engine, once it is ready; what `commit` must know of it, as plain data."""
     place = store.at(FOLDER, f"{images:012d}")
     files: dict[str, dict[str, Any]] = {}
     pieces: dict[str, dict[str, list[Piece]]] = {}
-    for engine, share in sorted(shares.items()):
-        for number, (some, first, last) in enumerate(_parts(share.pieces)):
-            where = f"{rank:05d}-{number:05d}"
-            pieces.setdefault(engine, {})[where] = some
-            for kind, values in sorted(share.kinds.items()):
-                data = _safetensors(values[first:last], some)
-                files |= _put(place, f"{engine}.{kind}-{where}", "safetensors", data)
-        if share.buffers:
-            from safetensors.torch import save as serialise
+    with _sending(place) as send:
+        for engine, share in sorted(shares.items()):
+            for number, (some, first, last) in enumerate(_parts(share.pieces)):
+                where = f"{rank:05d}-{number:05d}"
+                pieces.setdefault(engine, {})[where] = some
+                for kind, values in sorted(share.kinds.items()):
+                    data = _safetensors(values[first:last], some)
+                    files |= _named(f"{engine}.{kind}-{where}", "safetensors", data, send)
+            if share.buffers:
+                from safetensors.torch import save as serialise
 
-            whole = {name: buffer.contiguous() for name, buffer in share.buffers.items()}
-            files |= _put(place, f"{engine}.{BUFFERS}-{rank:05d}-00000", "safetensors", serialise(whole))
+                whole = {name: buffer.contiguous() for name, buffer in share.buffers.items()}
+                name = f"{engine}.{BUFFERS}-{rank:05d}-00000"
+                files |= _named(name, "safetensors", serialise(whole), send)
     return {"files": files, "pieces": pieces}
 
 
@@ -130,8 +186,9 @@ def commit(
             pieces[engine] |= some
     _check_whole(shapes, pieces)
     index = {"shapes": shapes, "pieces": pieces}
-    files |= _put(place, "index", "json", json.dumps(index, sort_keys=True, separators=(",", ":")).encode())
-    files |= _put(place, "state", "json", json.dumps(state, indent=1, sort_keys=True).encode())
+    plain = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
+    files |= _named("index", "json", plain, place.publish)
+    files |= _named("state", "json", json.dumps(state, indent=1, sort_keys=True).encode(), place.publish)
     allowed()
     made = {"format": FORMAT, "images": images, "files": files}
     fresh = place.publish(COMMIT, json.dumps(made, indent=1, sort_keys=True).encode())
@@ -167,11 +224,34 @@ def _safetensors(values: Tensor, pieces: Sequence[Piece]) -> bytes:
     return b"".join([struct.pack("<Q", len(text)), text, values.numpy().data.cast("B")])
 
 
-def _put(place: Store, name: str, suffix: str, data: bytes) -> dict[str, dict[str, Any]]:
+def _named(name: str, suffix: str, data: bytes, send: Callable[[str, bytes], Any]) -> dict[str, dict[str, Any]]:
+    """Send a file under a name that holds its hash; its row in the commit."""
     digest = hashlib.sha256(data).hexdigest()
     key = f"{name}-{digest[:16]}.{suffix}"
-    place.publish(key, data)
+    send(key, data)
     return {key: {"sha256": digest, "bytes": len(data)}}
+
+
+@contextmanager
+def _sending(place: Store) -> Iterator[Callable[[str, bytes], None]]:
+    """A function that publishes files, some at once; all are there at the end, or it raises what one of them raised."""
+    threads, sent = Daemons(SENT, "send"), deque[Future[bool]]()
+
+    def publish(key: str, data: bytes) -> Steps[bool]:
+        yield threads
+        return place.publish(key, data)
+
+    def send(key: str, data: bytes) -> None:
+        if len(sent) == SENT:
+            sent.popleft().result()
+        sent.append(threads.submit(publish(key, data)))
+
+    try:
+        yield send
+        for future in sent:
+            future.result()
+    finally:
+        threads.close()
 
 
 def _check_whole(
