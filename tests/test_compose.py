@@ -207,7 +207,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("override", "sentence"), REFUSED)
 def test_refusals_are_one_sentence_that_names_the_setting(override: str, sentence: str) -> None:
-    words = override.split(" ") if override.startswith(("cluster=", "diffusion")) else [override]
+    words = override.split(" ") if override.startswith(("cluster=", "diffusion", "engine=zero")) else [override]
     with pytest.raises(ConfigError) as said:
         compose("train_denoiser", *LEAST["train_denoiser"], *words)
     text = str(said.value)

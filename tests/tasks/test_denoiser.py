@@ -23,7 +23,7 @@ from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import CalotypeError
 from calotype.tasks import cache as cache_task
-from calotype.tasks import denoiser
+from calotype.tasks import denoiser, start
 from calotype.train import checkpoint
 from PIL import Image
 
@@ -437,23 +437,23 @@ def test_start_from_a_run_and_from_its_folder(root: str, tmp_path: Path) -> None
     record = runs.begin("train_denoiser", config, lambda _: ("", ""), lambda _: None)
     denoiser.train(config, Worker(), record)
     again = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, init_from="run:test"))
-    resolved = denoiser.resolve_start(again)
+    resolved = start.resolve(again)
     named = dataclasses.replace(config.denoiser, init_from=f"run:test@{2 * BATCH}")
-    assert denoiser.resolve_start(dataclasses.replace(config, denoiser=named)) == resolved
+    assert start.resolve(dataclasses.replace(config, denoiser=named)) == resolved
     for wrong in ("run:test@9", "run:test@last"):
         named = dataclasses.replace(config.denoiser, init_from=wrong)
         with pytest.raises(CalotypeError, match=r"000000000009 is no checkpoint.*are 16|'run:test@last' names no"):
-            denoiser.resolve_start(dataclasses.replace(config, denoiser=named))
+            start.resolve(dataclasses.replace(config, denoiser=named))
     assert resolved.denoiser.init_digest == checkpoint.digest(record.artifacts, 2 * BATCH)
     from calotype.model.denoiser import build_denoiser
 
     model = build_denoiser(resolved, (3, EDGE, EDGE))
-    denoiser.start_from_run(resolved, model)
+    start.load_run(resolved, model)
     weights = checkpoint.weights(record.artifacts, 2 * BATCH, "denoiser")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     gone = dataclasses.replace(resolved, denoiser=dataclasses.replace(resolved.denoiser, init_digest="0" * 64))
     with pytest.raises(CalotypeError, match="gone"):
-        denoiser.start_from_run(gone, model)
+        start.load_run(gone, model)
 
 
 def test_resolve_refuses_early(root: str) -> None:

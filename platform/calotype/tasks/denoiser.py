@@ -5,7 +5,6 @@ resolve -> train (on every worker): stream -> rows (draw, whiten, drop) -> step;
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,10 +20,10 @@ from calotype.data.npy import mask_of
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, ConfigError, DataError
-from calotype.model import folders
-from calotype.tasks import batches, memory
+from calotype.errors import ConfigError, DataError
+from calotype.tasks import batches, memory, start
 from calotype.tasks.cache import resolve_inputs
+from calotype.tasks.start import NAME
 from calotype.train import checkpoint
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from calotype.train.engine import Engine
 
 Array = np.ndarray[Any, Any]
-NAME = "denoiser"  # of the engine, so of its files in a checkpoint
 HELD_OUT = 4096  # held-out latents that the validation loss looks at
 VALIDATION = 2**62  # their noise is drawn at positions that training never reaches
 SHOWN = 16  # images in the grid of an unconditional model
@@ -58,7 +56,7 @@ def resolve(config: TrainDenoiser) -> TrainDenoiser:
     config = replace(config, data=batches.resolve(config.data, config.root, (latents, found)))
     batches.check(config, batches.source_of(config.data, config.root, latents, found)("train"))
     memory.refuse_too_big(config)
-    config = resolve_start(replace(config, cache=found.digest))
+    config = start.resolve(replace(config, cache=found.digest))
     record = runs.load(config.root, compose.identity("train_denoiser", config))
     if record is not None and not runs.done("train_denoiser", config):
         held = cache.held_digest(root, compose.build(TrainDenoiser, record.config))
@@ -81,28 +79,6 @@ def _refuse_superseded(record: runs.Record | None, held: str, newest: str) -> No
         f"train_denoiser {record.name} began with manifest {held[:8]} of its cache, of which samples were taken down "
         f"since: it cannot go on in an order that is gone; start a new run {way}"
     )
-
-
-def resolve_start(config: TrainDenoiser) -> TrainDenoiser:
-    """`denoiser.init_from` by content: of a run a checkpoint, the newest or that of @IMAGES, of a folder the UNet."""
-    start = config.denoiser.init_from
-    if not start:
-        return config
-    if start.startswith("run:"):
-        name, images = runs.parted(start)
-        record = runs.find(config.root, "train_denoiser", name)
-        images = checkpoint.latest(record.artifacts) if images is None else images
-        if images is None:
-            raise ConfigError(f"denoiser.init_from={start} has no checkpoint yet: train it first")
-        checkpoint.check(record.artifacts, images)
-        denoiser = replace(config.denoiser, init_from=f"run:{record.identity}")
-        return replace(config, denoiser=replace(denoiser, init_digest=checkpoint.digest(record.artifacts, images)))
-    digest = hashlib.sha256()
-    with folders.opened(start, "unet", "denoiser.init_from") as folder:
-        for path in folders.weight_files(folder):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return replace(config, denoiser=replace(config.denoiser, init_digest=digest.hexdigest()))
 
 
 # ----------------------------------------------------------------------------------------------- on workers
@@ -129,7 +105,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     diffusion = Diffusion(config.diffusion)
     micro = loop.micro_batch(config, worker.world)
-    model = _starting(config, cache.shape_of(manifest.meta["encoding"]), record)
+    model = start.build(config, cache.shape_of(manifest.meta["encoding"]), record)
     steps = loop.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
@@ -164,25 +140,6 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     if figures.pop("stopped"):
         return {}
     return {**figures, **spent.figures(figures), "flops_per_image": spent.flops}
-
-
-def _starting(config: TrainDenoiser, shape: tuple[int, int, int], record: runs.Record | None) -> Any:
-    """The denoiser with the same weights on every worker; those of a checkpoint come later, into the engine."""
-    import torch
-
-    from calotype.model.build import checkpoint_activations
-    from calotype.model.denoiser import build_denoiser
-
-    resumes = record is not None and checkpoint.latest(record.artifacts) is not None
-    bare = replace(config, denoiser=replace(config.denoiser, init_from=""))  # what it began from may be gone by now
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = build_denoiser(bare if resumes else config, shape)
-    if not resumes:
-        start_from_run(config, model)
-    if config.engine.checkpoint_activations:
-        checkpoint_activations(model)
-    return model
 
 
 def _arrays(config: TrainDenoiser) -> tuple[str, ...]:
@@ -291,8 +248,8 @@ class HeldOut:
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         with engine.averaged(which):
             for rows, calls in self._prepared:
-                for start in range(0, calls * self.micro, self.micro):
-                    part, weight = take(rows, start, self.micro, self.worker.device)
+                for first in range(0, calls * self.micro, self.micro):
+                    part, weight = take(rows, first, self.micro, self.worker.device)
                     total += (losses(engine, diffusion, part).double() * weight).sum() * own
         if self.worker.world > 1:
             torch.distributed.all_reduce(total)
@@ -370,21 +327,6 @@ class Grid:
             self._autoencoder = load_autoencoder(self.config.autoencoder).eval().requires_grad_(False)
         made: Tensor = self._autoencoder.decode(raw)
         return made
-
-
-def start_from_run(config: TrainDenoiser, model: Any) -> None:
-    """Load the weights that `denoiser.init_from=run:...` was resolved to: the averaged ones, if there are."""
-    from calotype.model.denoiser import load_weights
-
-    start = config.denoiser.init_from
-    if not start.startswith("run:"):
-        return
-    record = runs.find(config.root, "train_denoiser", start)
-    for images in reversed(checkpoint.committed(record.artifacts)):
-        if checkpoint.digest(record.artifacts, images) == config.denoiser.init_digest:
-            load_weights(model, checkpoint.weights(record.artifacts, images, NAME), f"denoiser.init_from={start}")
-            return
-    raise CalotypeError(f"denoiser.init_from={start}: the checkpoint it was resolved to is gone; submit again")
 
 
 # -------------------------------------------------------------------------------------------------- lineage
