@@ -19,6 +19,7 @@ from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.errors import ConfigError
 from calotype.tasks.memory import ROOM, Option, advice, measured, options, wanted
+from calotype.train.memory import averages
 
 SECONDS, STEPS = 5.0, 3  # a timed step takes about that long at most, if one image does; timed steps
 CPU_IMAGES = 8  # of a timed step without a GPU, where more images make none of them faster
@@ -85,7 +86,7 @@ def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: flo
         assert worker is not None
         rate = _timed(config, worker, min(fits, wanted(config)))
     hours = train.images / (rate * world) / 3600 if rate else 0.0
-    size = 4 * needs[0].parameters * (4 if config.ema.halflife else 3)
+    size = 4 * needs[0].parameters * (3 + averages(config.ema))
     latents, samples = _latents(config)
     saved = math.ceil(train.images / train.checkpoint_every)
     return Budget(
@@ -128,7 +129,8 @@ def _timed(config: TrainDenoiser, worker: Worker, most: int) -> float:
     from calotype.model.build import checkpoint_activations
     from calotype.model.denoiser import build_denoiser
     from calotype.model.diffusion import Diffusion
-    from calotype.tasks.denoiser import NAME, Rows, losses
+    from calotype.tasks.denoiser import Rows, losses
+    from calotype.tasks.start import NAME
     from calotype.train.engine import Engine
 
     shape = checks.latent_shape(config.autoencoder, config.encoding.resolution)

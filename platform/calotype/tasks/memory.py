@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from calotype import checks
 from calotype.config import TrainDenoiser
 from calotype.errors import ConfigError
-from calotype.train.memory import Memory, per_rank
+from calotype.train.memory import Memory, averages, per_rank
 
 ROOM = 0.9  # of a worker's memory; the rest is the device's own, kernels' workspaces, and what is lost between blocks
 STAGES = (("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
@@ -83,10 +83,10 @@ def measured(config: TrainDenoiser, *checkpointed: bool) -> list[Need]:
 
 def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[Option]:
     """Every engine for each of the needs, those that keep their activations first, smallest stage first."""
-    gpu, ema, made = bool(config.cluster.gpus), bool(config.ema.halflife), []
+    gpu, means, made = bool(config.cluster.gpus), averages(config.ema), []
     for need in sorted(needs, key=lambda need: need.checkpoint_activations):
         for kind, stage in STAGES:
-            held = per_rank(need.parameters, config.cluster.workers, kind, stage, ema, gpu)
+            held = per_rank(need.parameters, config.cluster.workers, kind, stage, means, gpu)
             states = held.whole + need.once
             made.append(
                 Option(
