@@ -30,7 +30,7 @@ CLIP = {"_target_": "transformers.CLIPTextConfig", "hidden_size": 32, "intermedi
 TEXT = C.Condition(length=12, encoder={"_target_": "transformers.CLIPTextModel", "config": CLIP})
 SMALL = {"_target_": "diffusers.UNet2DConditionModel", "block_out_channels": [32, 64], "layers_per_block": 1,
          "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "attention_head_dim": 4, "norm_num_groups": 16,
-         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
+         "mid_block_type": None, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
 SD2 = {"_target_": "diffusers.UNet2DConditionModel", "block_out_channels": [320, 640, 1280, 1280],
        "layers_per_block": 2, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
@@ -77,7 +77,7 @@ def held(work: Callable[[], Any]) -> int:
     return highest
 
 
-@pytest.mark.parametrize(("precision", "again"), [("fp32", False), ("bf16", False), ("fp32", True)])
+@pytest.mark.parametrize(("precision", "again"), [("bf16", False), ("fp32", True)])
 def test_activations_are_what_a_real_step_holds(precision: str, again: bool) -> None:
     settings = job(engine=C.Engine(precision=precision, checkpoint_activations=again))
     model = build_denoiser(settings, SHAPE)
