@@ -8,7 +8,7 @@ from typing import Any
 
 from calotype.environment import home
 
-PROMOTE = """The averaged weights of the run's best checkpoint become a version of a registered model in MLflow, with a
+PROMOTE = """The best average (`ema.halflife`, `ema.halflives`) of the run's best checkpoint becomes a version of a registered model in MLflow, with a
 diffusers export, a grid of samples, and what they were made from.  The best of the checkpoints that are kept has the
 least validation loss; it is the last where none was measured.  Done again, the same checkpoint is the same version, and
 an alias moves in one step."""

@@ -19,7 +19,8 @@ from tests.tasks.conftest import Line
 TRAINED = ["encoding.resolution=16", "denoiser=unet_tiny", "denoiser.model.block_out_channels=[8,16]",
            "denoiser.model.norm_num_groups=4", "denoiser.model.attention_head_dim=2", "train.batch=8", "engine=torch",
            "train.images=16", "train.checkpoint_every=8", "train.validate_every=8", "train.sample_every=8",
-           "sampler.steps=1", "prompts=[a seven]", "train.keep=9", "optim.lr=0.3", "ema.rampup=0.01"]  # fmt: skip
+           "sampler.steps=1", "prompts=[a seven]", "train.keep=9", "optim.lr=0.3",
+           "ema.rampup=0", "ema.halflife=1", "ema.halflives=[9999]"]  # fmt: skip
 
 
 @pytest.fixture
@@ -34,9 +35,10 @@ def test_the_best_checkpoint_becomes_a_version_once(
     where = f"autoencoder.path={root.parent / 'vae'}"
     record = line("train_denoiser", "autoencoder=pretrained", where, *TRAINED, "track.kind=mlflow", "name=promoted")
     losses = dict(_losses(record))
-    images, loss = task.best(record)
+    images, halflife, loss = task.best(record)
     assert loss == min(losses.values())
-    assert images == min(losses, key=lambda one: losses[one]) == 8, "a learning rate that does harm"
+    assert (images, halflife) == min(losses, key=lambda one: losses[one])
+    assert halflife == 9999, "a learning rate that does harm"
 
     made = task.promote(str(root), "run:promoted", name, "champion")
     assert (made.version, made.images, made.fresh, made.why) == ("1", images, True, "")
@@ -60,7 +62,9 @@ def test_the_best_checkpoint_becomes_a_version_once(
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "unet")).state_dict()
-    best = load_denoiser(record, digest=version.tags["calotype.digest"]).denoiser.unet.state_dict()
+    best = load_denoiser(
+        record, digest=version.tags["calotype.digest"].removesuffix("@9999"), halflife=9999
+    ).denoiser.unet.state_dict()
     assert all(bool((unet[key] == best[key]).all()) for key in best)
 
     monkeypatch.setattr(task, "_export", None)  # the same checkpoint is not exported again
@@ -100,4 +104,5 @@ def _losses(record: Any) -> Any:
 
     for images in checkpoint.committed(record.artifacts):
         with checkpoint.opened(record.artifacts, images, ()) as saved:
-            yield images, saved.state["figures"]["validation_loss"]
+            for halflife, name in ((0, "validation_loss"), (9999, "validation_loss_ema_9999")):
+                yield (images, halflife), saved.state["figures"][name]

@@ -56,43 +56,47 @@ def promote(root: str, reference: str, model: str = "", alias: str = "") -> Prom
         )
     settings = trained(record)
     model = model or settings.data.name
-    images, loss = best(record)
+    images, halflife, loss = best(record)
     digest = checkpoint.digest(record.artifacts, images)
-    place = record.artifacts.at("exports", f"{images:012d}-{digest[:16]}")
-    version, why = registry.version_of(model, digest), ""
+    which = f"@{halflife}" if halflife else ""  # of the averages in a checkpoint, where it is not the first
+    place = record.artifacts.at("exports", f"{images:012d}-{digest[:16]}{which}")
+    version, why = registry.version_of(model, digest + which), ""
     if fresh := not version:
-        why = "" if place.exists(INDEX) else _export(record, settings, digest, place)
+        why = "" if place.exists(INDEX) else _export(record, settings, digest, halflife, place)
         source = record.artifacts.at(checkpoint.FOLDER, f"{images:012d}") if why else place
-        told = _told(record, settings, images, loss, why)
+        told = _told(record, settings, images, halflife, loss, why)
         grid = _grid(record, images)
         if grid and not why:
             place.write("samples.png", record.artifacts.read(grid))
         words = f"{METRIC} {loss:.4g} at " if loss is not None else ""
         shown = f"Samples: `{record.artifacts.uri}/{grid}`" if grid else "No samples were drawn while it trained."
         description = f"{record.name}: {words}{images:,} images. {shown}{f' No export: {why}' if why else ''}"
-        version = registry.register(record, model, digest, source.uri, told, description)
+        version = registry.register(record, model, digest + which, source.uri, told, description)
     if alias:
         registry.point(model, alias, version)
     return Promoted(model, version, images, fresh, place.uri if place.exists(INDEX) else "", why)
 
 
-def best(record: runs.Record) -> tuple[int, float | None]:
-    """(images seen, validation loss) of the best checkpoint that is kept; the newest of equals, or where none has one.
+def best(record: runs.Record) -> tuple[int, int, float | None]:
+    """(images seen, halflife of one of `ema.halflives` or 0 for the first average, validation loss) of the best average
+    in the checkpoints that are kept; the newest of equals, and the first average of the newest where none has a loss.
 
     Raises:
         CalotypeError: there is no checkpoint.
     """
-    found: list[tuple[float, int]] = []
+    names = {0: METRIC} | {one: f"{METRIC}_ema_{one}" for one in trained(record).ema.halflives}
+    found: list[tuple[float, int, int]] = []
     for images in checkpoint.committed(record.artifacts):
         with checkpoint.opened(record.artifacts, images, ()) as saved:
-            found.append((saved.state["figures"].get(METRIC, float("inf")), -images))
+            known = saved.state["figures"]
+        found += [(known.get(name, float("inf")), -images, halflife) for halflife, name in names.items()]
     if not found:
         raise CalotypeError(f"train_denoiser {record.name} has no checkpoint any more: train it again")
-    loss, negative = min(found)
-    return -negative, loss if loss < float("inf") else None
+    loss, negative, halflife = min(found)
+    return -negative, halflife, loss if loss < float("inf") else None
 
 
-def _export(record: runs.Record, settings: TrainDenoiser, digest: str, place: Store) -> str:
+def _export(record: runs.Record, settings: TrainDenoiser, digest: str, halflife: int, place: Store) -> str:
     """Put a diffusers folder at `place`; or why diffusers has no place for such a model."""
     from calotype.model.export import check_exportable, export
 
@@ -100,7 +104,7 @@ def _export(record: runs.Record, settings: TrainDenoiser, digest: str, place: St
         check_exportable(settings)
     except ConfigError as error:
         return str(error)
-    made = load_denoiser(record, digest=digest)
+    made = load_denoiser(record, digest=digest, halflife=halflife)
     with tempfile.TemporaryDirectory(prefix="calotype-") as name:
         try:
             export(Path(name), made.denoiser, made.autoencoder, settings, made.mean, made.std)
@@ -112,13 +116,16 @@ def _export(record: runs.Record, settings: TrainDenoiser, digest: str, place: St
     return ""
 
 
-def _told(record: runs.Record, settings: TrainDenoiser, images: int, loss: float | None, why: str) -> dict[str, str]:
+def _told(
+    record: runs.Record, settings: TrainDenoiser, images: int, halflife: int, loss: float | None, why: str
+) -> dict[str, str]:
     """Lineage, as tags."""
     return registry.tags_of(
         {
             "run": record.identity,
             "name": record.name,
             "images": images,
+            "ema_halflife": halflife or settings.ema.halflife,
             METRIC: loss,
             "dataset": f"{settings.data.name} {settings.data.digest}",
             "cache": settings.cache,
