@@ -8,10 +8,10 @@ from typing import Any
 
 from calotype.environment import home
 
-PROMOTE = """The best average (`ema.halflife`, `ema.halflives`) of the run's best checkpoint becomes a version of a registered model in MLflow, with a
-diffusers export, a grid of samples, and what they were made from.  The best of the checkpoints that are kept has the
-least validation loss; it is the last where none was measured.  Done again, the same checkpoint is the same version, and
-an alias moves in one step."""
+PROMOTE = """The best average (`ema.halflife`, `ema.halflives`) of the run's best checkpoint becomes a version of a
+registered model in MLflow, with a diffusers export, a grid of samples, and what they were made from.  The best of the
+checkpoints that are kept has the least validation loss; it is the last where none was measured.  Done again, the same
+average of the same checkpoint is the same version, and an alias moves in one step."""
 
 
 def add_to(verbs: Any) -> None:
