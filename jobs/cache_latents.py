@@ -28,7 +28,7 @@ def run(config: CacheLatents, record: Record, tracker: Tracker) -> dict[str, Any
     tally = Tally(images=images)
     make = partial(cache.make_leased, seen=cache.shown(units) if units else None)
     with Progress(shards + len(units), "shards", "encode") as progress:
-        for _, result in spread.map(make, config, units, tally.in_hand, record.identity):
+        for _, result in spread.map(make, config, cache.largest_first(units), tally.in_hand, record.identity):
             made.append(result)
             tally.add(result)
             cache.leave_out(result, tally.lost, config, record)

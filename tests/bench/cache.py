@@ -41,7 +41,7 @@ sys.path += [str(ROOT), str(ROOT / "platform")]
 from tests.bench import cache_bytes, cache_gpu  # noqa: E402
 
 BATCH, WORKERS = 16, 2
-SHARD = 1280  # images: whole batches, for the last one of a shard is padded
+SHARD = 320  # images at most, of both workers as many; the last batch of a shard is padded
 ENCODERS = {"dear": (128, (20, 40)), "cheap": (32, (4, 4))}  # pixels, channels
 ASKED = 0.90  # of the bare encoder
 

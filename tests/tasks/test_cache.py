@@ -50,6 +50,12 @@ def made_bytes(config: CacheLatents) -> dict[str, bytes]:
     return found | {entry.key: root.at("caches").read(entry.key) for entry in root.at("caches").list()}
 
 
+def test_large_shards_are_dealt_first(tmp_path: Path) -> None:
+    dataset(tmp_path, {"train": (4, 9, 5, 9), "held_out": (7,)})
+    units = task.plan(config_of(tmp_path, "", autoencoder=Autoencoder(kind="identity", f=1, channels=3)))
+    assert [unit.samples for unit in task.largest_first(units)] == [9, 9, 7, 5, 4]
+
+
 def test_a_cache_holds_what_the_autoencoder_says_of_every_sample(config: CacheLatents) -> None:
     figures = run(config)
     assert (figures["shards"], figures["samples"], figures["samples_encoded"]) == (3, 22, 22)

@@ -125,6 +125,11 @@ def there_before(config: CacheLatents, units: Sequence[Shard]) -> tuple[int, int
     return len(rows) - len(units), sum(row.samples for row in rows) - sum(unit.samples for unit in units)
 
 
+def largest_first(units: Iterable[Shard]) -> list[Shard]:
+    """The order in which shards are dealt: a large one at the end leaves all workers but one idle (Graham 1969)."""
+    return sorted(units, key=lambda unit: -unit.samples)
+
+
 def shown(units: Sequence[Shard]) -> Shard:
     """The source shard of which a few reconstructions are drawn: held out, where there is such a one.
 
