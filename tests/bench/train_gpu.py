@@ -104,8 +104,8 @@ def ours(settings: config.TrainDenoiser, folder: str, manifest: Manifest, device
         watch.step()
         return {denoiser.NAME: denoiser.losses(engine, diffusion, part)}
 
-    stream = Stream(Dataset(open_store(folder), manifest.shards), seed=0, batch=settings.train.batch, lanes=8,
-                    arrays=("latent", "text"))  # fmt: skip
+    order: dict[str, Any] = {"seed": 0, "batch": settings.train.batch, "lanes": min(8, settings.train.batch)}
+    stream = Stream(Dataset(open_store(folder), manifest.shards), **order, arrays=("latent", "text"))
     task = loop.Task({denoiser.NAME: engine}, stream.seek, lambda s: rows.of(s.arrays, s.positions.tolist()), step)
     loop.run(task, settings, worker)
     return watch.rate(settings.train.batch)
