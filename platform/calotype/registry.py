@@ -6,6 +6,7 @@ What a version is made of is said in its tags; `calotype.digest` is that of the 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ def register(
         source: where its weights lie.
         description: markdown, as MLflow's page of the version shows it.
     """
+    logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)  # that it waits is no news
     with _said(name):
         client = track.connect()
         with contextlib.suppress(Exception):  # it is there already; if it is not, the next request says why
