@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,7 +138,8 @@ def images(
     assert one.manifest is not None
     config, found = settings(one, root), Found()
     limits = config.accept if config else Accept()
-    limits = Accept(**one.manifest.meta["accept"]) if "accept" in one.manifest.meta else limits
+    with suppress(KeyError, TypeError):  # older manifests do not say it
+        limits = Accept(**one.manifest.meta["accept"])
     if limits.psnr < 0:  # no job that is known: what the cache had when it was made
         limits = replace(limits, psnr=accept.expected((one.manifest.meta.get("acceptance") or {}).get("psnr")))
     each = limits.samples if samples is None else samples

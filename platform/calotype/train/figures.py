@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -124,8 +123,7 @@ class LeftOut:
         for part in gathered(self.worker, mine):
             self.known |= part
         if self.record is not None and self.worker.rank == 0:
-            lines = [json.dumps({"name": name, "reason": why}) + "\n" for name, why in sorted(self.known.items())]
-            self.record.artifacts.write("quarantined.jsonl", "".join(lines).encode())
+            self.record.list_left_out(sorted(self.known.items()))
         if len(self.known) > self.settings.error_budget:
             raise DataError(f"{len(self.known)} samples were left out, more than "
                             f"stream.error_budget={self.settings.error_budget}: "
