@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+MASK = 2**64 - 1
 
 
 class Purpose(IntEnum):
@@ -32,6 +33,8 @@ class _Mine(threading.local):
         self.bits = np.random.Philox(0)
         self.generator = np.random.Generator(self.bits)
         self.state: Any = self.bits.state
+        self.counter: Any = self.state["state"]["counter"]
+        self.key: Any = self.state["state"]["key"]
 
 
 _mine = _Mine()
@@ -48,11 +51,11 @@ def philox(seed: int, position: int, purpose: int) -> np.random.Generator:
 
 def _bits(seed: int, purpose: int, *counter: int) -> np.random.Philox:
     """The first counter word is left to the generator: 2^64 numbers before it meets a neighbour."""
-    words = [0, *(word % 2**64 for word in counter), 0, 0][:4]
-    _mine.state["state"] = {
-        "counter": np.array(words, np.uint64),
-        "key": np.array([seed % 2**64, purpose], np.uint64),
-    }
+    own = _mine.counter
+    own[:] = 0
+    for place, word in enumerate(counter, 1):
+        own[place] = word & MASK
+    _mine.key[0], _mine.key[1] = seed & MASK, purpose
     _mine.bits.state = _mine.state
     return _mine.bits
 

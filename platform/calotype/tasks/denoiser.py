@@ -16,6 +16,7 @@ import numpy as np
 from calotype import compose, runs, track
 from calotype.config import TrainDenoiser
 from calotype.data import Dataset, cache
+from calotype.data.draws import Purpose, philox
 from calotype.data.npy import mask_of
 from calotype.data.shards import Sample
 from calotype.data.store import open_store
@@ -179,41 +180,40 @@ class Rows:
         import torch
 
         from calotype.model.conditioner import dropped
+        from calotype.model.diffusion import draw_timestep
 
-        latent = torch.from_numpy(stored["latent"])
+        seed, latent = self.config.seed, torch.from_numpy(stored["latent"])
         if cache.MIRRORED in stored:
-            flips = torch.tensor([self._flip(position) for position in positions])
+            flips = torch.tensor([philox(seed, position, Purpose.FLIP).random() < 0.5 for position in positions])
             latent = torch.where(flips.view(-1, 1, 1, 1, 1), torch.from_numpy(stored[cache.MIRRORED]), latent)
-        draws = [self._draws(position, latent.shape[2:]) for position in positions]
-        posterior = torch.from_numpy(np.stack([draw[0] for draw in draws]))
-        noise = torch.from_numpy(np.stack([draw[1] for draw in draws]))
-        gaussian = latent.shape[1] == 2
+        shape, std = latent[:, 0].shape, latent[:, 1] if latent.shape[1] == 2 else None
+        posterior = None if std is None else self._normal(Purpose.POSTERIOR, positions, shape)
         # raw latents => drawn, whitened model latents
-        made = cache.to_model(latent[:, 0], latent[:, 1] if gaussian else None, posterior, self.mean, self.std)
-        rows = {"latent": made, "noise": noise, "timestep": torch.tensor([draw[2] for draw in draws])}
+        made = cache.to_model(latent[:, 0], std, posterior, self.mean, self.std)
+        times = [draw_timestep(self.config.diffusion, philox(seed, at, Purpose.TIMESTEP)) for at in positions]
+        rows = {
+            "latent": made,
+            "noise": self._normal(Purpose.NOISE, positions, shape),
+            "timestep": torch.tensor(times),
+        }
         names = [key for name in self.drops for key in (name, mask_of(name)) if key in stored]
         cond = {name: torch.from_numpy(stored[name]) for name in names}
-        if drop:
-            masks = {name: torch.tensor([draw[3][name] for draw in draws]) for name in self.drops}
+        if drop and self.drops:
+            chances = torch.tensor(
+                np.stack([philox(seed, at, Purpose.DROP).random(len(self.drops)) for at in positions])
+            )
+            masks = {name: chances[:, place] < chance for place, (name, chance) in enumerate(self.drops.items())}
             cond = dropped(cond, self.empty, masks)
         return rows | {f"cond.{name}": value for name, value in cond.items()}
 
-    def _flip(self, position: int) -> bool:
-        from calotype.data.draws import Purpose, philox
+    def _normal(self, purpose: Purpose, positions: list[int], shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers of `shape` (n, C, h, w)."""
+        import torch
 
-        return bool(philox(self.config.seed, position, Purpose.FLIP).random() < 0.5)
-
-    def _draws(self, position: int, shape: tuple[int, ...]) -> tuple[Any, Any, int | float, dict[str, bool]]:
-        from calotype.data.draws import Purpose, philox
-        from calotype.model.diffusion import draw_timestep
-
-        seed = self.config.seed
-        posterior = philox(seed, position, Purpose.POSTERIOR).standard_normal(shape, dtype=np.float32)
-        noise = philox(seed, position, Purpose.NOISE).standard_normal(shape, dtype=np.float32)
-        timestep = draw_timestep(self.config.diffusion, philox(seed, position, Purpose.TIMESTEP))
-        chances = philox(seed, position, Purpose.DROP).random(len(self.drops))
-        dropped = {name: bool(u < p) for (name, p), u in zip(self.drops.items(), chances, strict=True)}
-        return posterior, noise, timestep, dropped
+        drawn = np.empty(shape, np.float32)
+        for row, position in zip(drawn, positions, strict=True):
+            philox(self.config.seed, position, purpose).standard_normal(dtype=np.float32, out=row)
+        return torch.from_numpy(drawn)
 
 
 class HeldOut:
