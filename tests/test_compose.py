@@ -158,6 +158,9 @@ REFUSED = [
     ("cluster.workers=257", "cluster.workers=257 is more than train.batch=256"),
     ("engine.precision=fp16", "engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16"),
     ("engine.compile=fast", "engine.compile='fast' is not known: choose one of none"),
+    ("engine.offload=nvme", "engine.offload='nvme' is not known: choose one of none, cpu"),
+    ("engine=zero0 engine.offload=cpu", "partitions nothing: set engine=zero1, zero2 or zero3"),
+    ("engine=torch engine.offload=cpu", "engine.offload=cpu with an engine that partitions nothing"),
     ("engine=zero3 engine.compile=default", "engine.compile=default with engine.stage=3, whose weights come and go"),
     (
         "train.flip=true",
