@@ -109,13 +109,15 @@ def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[O
 
 
 def advice(config: TrainDenoiser, found: Sequence[Option]) -> list[str]:
-    """Settings of the smallest stage at which the micro-batch fits that they ask for; else the one that holds most."""
+    """Settings of the smallest stage at which the micro-batch fits that they ask for; else the one that holds most.
+    Offloaded only if not even one image fits without."""
     mine = chosen(config, found)
-    staged = [one for one in found if one.engine != "torch" or mine.engine == "torch"]
+    staged = [one for one in found if one.micro_batch and (one.engine != "torch" or mine.engine == "torch")]
+    staged = [one for one in staged if one.offload == staged[0].offload]
     fits = [one for one in staged if one.micro_batch >= wanted(config)]
-    best = fits[0] if fits else max(staged, key=lambda one: one.micro_batch)
-    if not best.micro_batch:
+    if not staged:
         return []
+    best = fits[0] if fits else max(staged, key=lambda one: one.micro_batch)
     words = [f"engine={best.engine}"]
     if best.micro_batch < wanted(config) or config.engine.micro_batch:
         words.append(f"engine.micro_batch={min(best.micro_batch, wanted(config))}")
