@@ -327,8 +327,8 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
         )
     if config.engine.offload != "none" and (config.engine.kind == "torch" or not config.engine.stage):
         raise ConfigError(
-            f"engine.offload={config.engine.offload} with an engine that partitions nothing: set engine=zero1, zero2 or "
-            "zero3, or engine.offload=none"
+            f"engine.offload={config.engine.offload} with an engine that partitions nothing: "
+            "set engine=zero1, zero2 or zero3, or engine.offload=none"
         )
     if train.flip and isinstance(config, TrainDenoiser) and not config.encoding.mirrored:
         raise ConfigError(

@@ -122,9 +122,9 @@ def _show_memory(found: Any) -> None:
     for one in found.options:
         held, how = one.memory, "again" if one.checkpoint_activations else "kept"
         parts = (held.weights + one.once, held.gradients, held.moments, held.ema, held.buffers, one.each)
-        row = [one.engine, how, *(console.size(part) for part in parts), one.micro_batch or "none"]
-        row += [console.size(held.host) if held.host else "-"] * (len(columns) - len(row))
-        rows.append(row)
+        name = one.engine + (" offloaded" if one.offload == "cpu" else "")
+        row = [name, how, *(console.size(part) for part in parts), one.micro_batch or "none"]
+        rows.append(row + [console.size(held.host) if held.host else "-"] * (len(columns) - len(row)))
     print()
     console.table(f"memory of one of {console.many(found.workers, 'worker')}", columns, rows)
 

@@ -160,8 +160,8 @@ def _torch(
 def _deepspeed(
     model: nn.Module, case: Case, settings: config.TrainDenoiser, diffusion: Diffusion, worker: Worker
 ) -> Step:
-    """DeepSpeed as its own examples use it, told of ZeRO what ours is told: the same stage, optimizer, clip, buckets and
-    thresholds; and the average of what a rank owns."""
+    """DeepSpeed as its own examples use it: the same stage, optimizer and clip, told what ours is told of buckets and
+    thresholds, and the average of what a rank owns."""
     deepspeed = import_deepspeed(worker)
     numel = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.optim.lr, weight_decay=0.0, fused=True)

@@ -105,9 +105,7 @@ def test_activations_are_what_a_real_step_holds(precision: str, again: bool) -> 
     ("kind", "stage", "offload"),
     [*((*one, "none") for one in memory.STAGES), *(("deepspeed", stage, "cpu") for stage in (1, 2, 3))],
 )
-def test_states_are_what_an_engine_holds(
-    kind: str, stage: int, offload: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_what_an_engine_holds(kind: str, stage: int, offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     size = 16 * (700 * 700 + 700)
     monkeypatch.setattr(zero, "BUCKET", size // 16)  # far below the model, as it is below a large one
@@ -223,3 +221,6 @@ def test_as_people_type_it(tmp_path: Path, typed: Callable[..., tuple[int, str]]
     status, out = typed("plan", "train_denoiser", *settings, "cluster.gpus=1")
     if not torch.cuda.is_available():
         assert (status, "say --memory" in out) == (1, True)
+    status, out = typed("plan", "train_denoiser", *settings, "cluster.gpus=1", "--memory", "1", "--rate", "50")
+    for word in ("zero3 offloaded", "in host memory", "fits: engine=zero0"):
+        assert word in out

@@ -9,6 +9,7 @@ import torch
 from calotype import config
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
+from calotype.train import zero
 from calotype.train.ema import decay
 from calotype.train.engine import Engine
 from calotype.train.kernels import said
@@ -221,6 +222,20 @@ def test_channels_last_survives_every_stage(kind: str, stage: int, offload: str)
     torch.testing.assert_close(*outputs)
 
 
+def test_stage_3_has_a_fraction_of_the_weights_whole() -> None:
+    pytest.importorskip("deepspeed")
+    module = nn.Sequential(*(nn.Linear(9, 9) for _ in range(32)))
+    engine = Engine(module, config.Optim(), config.Engine(stage=3), Worker())
+    whole: list[int] = []
+    for layer in module:
+        layer.register_forward_pre_hook(lambda *_: whole.append(sum(p.data.numel() for p in module.parameters())))
+    for images in (2, 4, 6):  # DeepSpeed learns the order in the first two
+        engine.backward(engine(torch.ones(2, 9)).sum())
+        engine.step(1e-3, images, 2)
+    assert 2 * 90 < max(whole[-32:]) <= (1 / zero.LIVE + 1 / zero.AHEAD) * 32 * 90 + 2 * 90
+    assert not sum(p.data.numel() for p in module.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)])
 def test_compiled_it_computes_the_same(kind: str, stage: int) -> None:
@@ -244,6 +259,7 @@ def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
     words = said(config.Engine(tf32=True, compile="max-autotune"), cuda=True)
     assert words.startswith("fp32, TF32 on, attention flash | memory-efficient")
     assert "torch.compile max-autotune" in words
+    assert said(config.Engine(stage=2, offload="cpu"), cuda=True).endswith("fused AdamW in host memory")
 
 
 @every_engine

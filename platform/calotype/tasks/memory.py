@@ -131,7 +131,8 @@ def advice(config: TrainDenoiser, found: Sequence[Option]) -> list[str]:
 def chosen(config: TrainDenoiser, found: Sequence[Option]) -> Option:
     """The option that the settings choose."""
     engine = config.engine
-    mine = engine.kind if engine.kind == "torch" else f"zero{engine.stage}", engine.offload, engine.checkpoint_activations
+    name = engine.kind if engine.kind == "torch" else f"zero{engine.stage}"
+    mine = (name, engine.offload, engine.checkpoint_activations)
     return next(one for one in found if (one.engine, one.offload, one.checkpoint_activations) == mine)
 
 

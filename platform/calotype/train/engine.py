@@ -38,7 +38,7 @@ States = dict[str, dict[str, Tensor]]
 class Backend(Protocol):
     """Who owns the weights and takes the step; all of it is collective."""
 
-    partitions: Sequence[Tensor]  # fp32 master weights of this rank; the optimizer's state is keyed by them
+    partitions: Sequence[Tensor]  # fp32 master weights of this rank, on the CPU if offloaded; keys of optimizer.state
     pieces: list[Piece]
     replicated: bool
     optimizer: Any  # torch.optim.AdamW
