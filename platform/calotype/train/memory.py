@@ -11,10 +11,10 @@ Of P parameters on W ranks, in units of 4 bytes, at the highest point of a step:
     buffers     0       min(P, JOIN)  B, 2 B on GPU  B, 2 B on GPU       2 B
 
 A bucket of B elements is reduced when it is full; where communication overlaps there are two of them.  The optimizer
-steps on a flat copy of its gradients.  Stage 3 has its own part of the weights twice, for DeepSpeed does not see that
-both are float32; what it gathers lies in one buffer first, then in the weights.
+steps on a flat copy of its gradients.  Stage 3 has its own part of the weights twice, though both are float32, for
+DeepSpeed compares a device with its name; what it gathers lies in one buffer first, then in the weights.
 
-With engine.offload=cpu the optimizer and all that it reads and writes lie in host memory (Ren et al. 2021, section 4),
+With engine.offload=cpu the optimizer and all that it reads and writes lie in host memory (Ren et al. 2021, section 3),
 and with stage 3 the weights' own parts too (Rajbhandari et al. 2021, section 5.1):
 
                 zero1          zero2          zero3
