@@ -158,6 +158,9 @@ REFUSED = [
     ("cluster.workers=257", "cluster.workers=257 is more than train.batch=256"),
     ("engine.precision=fp16", "engine.precision=fp16 needs GPUs: set cluster.gpus=1, or engine.precision=bf16"),
     ("engine.compile=fast", "engine.compile='fast' is not known: choose one of none"),
+    ("engine.offload=nvme", "engine.offload='nvme' is not known: choose one of none, cpu"),
+    ("engine.offload=cpu", "engine.offload=cpu with an engine that partitions nothing: set engine=zero1"),
+    ("engine=torch engine.offload=cpu", "engine.offload=cpu with an engine that partitions nothing"),
     ("engine=zero3 engine.compile=default", "engine.compile=default with engine.stage=3, whose weights come and go"),
     (
         "train.flip=true",
@@ -207,7 +210,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("override", "sentence"), REFUSED)
 def test_refusals_are_one_sentence_that_names_the_setting(override: str, sentence: str) -> None:
-    words = override.split(" ") if override.startswith(("cluster=", "diffusion", "engine=zero")) else [override]
+    words = override.split(" ") if override.startswith(("cluster=", "diffusion", "engine=")) else [override]
     with pytest.raises(ConfigError) as said:
         compose("train_denoiser", *LEAST["train_denoiser"], *words)
     text = str(said.value)

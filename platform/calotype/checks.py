@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine.kind": ("deepspeed", "torch"),
     "engine.stage": (0, 1, 2, 3),
     "engine.precision": ("fp32", "bf16", "fp16"),
+    "engine.offload": ("none", "cpu"),
     "engine.compile": ("none", "default", "reduce-overhead", "max-autotune"),
     "cluster.kind": ("ray", "local"),
     "track.kind": ("mlflow", "none"),
@@ -323,6 +324,11 @@ def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
         raise ConfigError(
             f"engine.compile={config.engine.compile} with engine.stage=3, whose weights come and go in every layer: "
             "set engine.compile=none or a lower engine.stage"
+        )
+    if config.engine.offload != "none" and (config.engine.kind == "torch" or not config.engine.stage):
+        raise ConfigError(
+            f"engine.offload={config.engine.offload} with an engine that partitions nothing: "
+            "set engine=zero1, zero2 or zero3, or engine.offload=none"
         )
     if train.flip and isinstance(config, TrainDenoiser) and not config.encoding.mirrored:
         raise ConfigError(

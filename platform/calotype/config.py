@@ -238,6 +238,12 @@ class Engine:
     checkpoint_activations: bool = setting(
         False, "compute blocks again in the backward pass: less memory, about a third more time", identity=False
     )
+    offload: str = setting(
+        "none",
+        "none | cpu: optimizer, its states, master weights and averages in host memory, with stage 3 weights too: much "
+        "less memory on the GPU, slower steps",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,14 @@ def _show_training(found: Any, config: TrainDenoiser) -> None:
 
 def _show_memory(found: Any) -> None:
     columns = ["engine", "activations", "weights", "gradients", "moments", "EMA", "buffers", "per image", "micro-batch"]
+    columns += ["in host memory"] * any(one.memory.host for one in found.options)
     rows = []
     for one in found.options:
         held, how = one.memory, "again" if one.checkpoint_activations else "kept"
         parts = (held.weights + one.once, held.gradients, held.moments, held.ema, held.buffers, one.each)
-        rows.append([one.engine, how, *(console.size(part) for part in parts), one.micro_batch or "none"])
+        name = one.engine + (" offloaded" if one.offload == "cpu" else "")
+        row = [name, how, *(console.size(part) for part in parts), one.micro_batch or "none"]
+        rows.append(row + [console.size(held.host) if held.host else "-"] * (len(columns) - len(row)))
     print()
     console.table(f"memory of one of {console.many(found.workers, 'worker')}", columns, rows)
 

@@ -26,7 +26,7 @@ from calotype.model import conditioner
 from calotype.model.denoiser import build_denoiser
 from calotype.model.diffusion import Diffusion
 from calotype.tasks import denoiser
-from calotype.train import loop
+from calotype.train import loop, zero
 from calotype.train.engine import Engine, import_deepspeed
 from torch import Tensor, nn
 
@@ -160,13 +160,12 @@ def _torch(
 def _deepspeed(
     model: nn.Module, case: Case, settings: config.TrainDenoiser, diffusion: Diffusion, worker: Worker
 ) -> Step:
-    """DeepSpeed as its own examples use it: the same stage, optimizer and clip, and the average of what a rank owns."""
+    """DeepSpeed as its own examples use it: the same stage, optimizer and clip, told what ours is told of buckets and
+    thresholds, and the average of what a rank owns."""
     deepspeed = import_deepspeed(worker)
     numel = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.optim.lr, weight_decay=0.0, fused=True)
-    zero = {"stage": case.stage, "reduce_bucket_size": numel + numel % 2, "allgather_bucket_size": numel + numel % 2}
-    options = {"train_micro_batch_size_per_gpu": case.batch // case.world, "zero_optimization": zero,
-               "gradient_clipping": settings.optim.clip, "steps_per_print": None}  # fmt: skip
+    options = zero.settings(numel, settings.engine, 1, settings.optim.clip, gpu=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
     names = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups",
              3: "fp32_partitioned_groups_flat"}  # fmt: skip

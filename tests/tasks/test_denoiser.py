@@ -83,7 +83,8 @@ def common(root: str) -> dict[str, Any]:
 
 def settings(root: str, **changes: Any) -> C.TrainDenoiser:
     """Changes: settings of `engine`, or of `train`."""
-    engine = {"kind": "torch", "stage": 0, "precision": "fp32", "micro_batch": 0, "checkpoint_activations": False}
+    engine = {"kind": "torch", "stage": 0, "precision": "fp32", "micro_batch": 0, "checkpoint_activations": False,
+              "offload": "none"}  # fmt: skip
     engine |= {key: changes.pop(key) for key in list(changes) if key in engine}
     train = {"images": BATCH * STEPS, "batch": BATCH, "window": 8, "log_every": 1, "validate_every": 0,
              "sample_every": 0, "checkpoint_every": 10**9, "keep": 100}  # fmt: skip
@@ -177,6 +178,7 @@ def done(root: str, tmp_path_factory: pytest.TempPathFactory, started: Callable[
             *({"name": f"zero{job['stage']}", "checkpoint_every": half, **job, **more} for job in deepspeed[:3]),
             *({"name": f"bf16-{job['stage']}", **bf16, **job} for job in deepspeed[:3]),
             {"name": "guarded2", "spike": 1.1, **deepspeed[2]},
+            {"name": "guarded2-offloaded", "spike": 1.1, **deepspeed[2], "offload": "cpu"},
         ],
     )
     found.spawn(2, [{"name": "zero3", "checkpoint_every": half, **deepspeed[3], **more}])
@@ -190,7 +192,12 @@ def done(root: str, tmp_path_factory: pytest.TempPathFactory, started: Callable[
         ],
     )
     found.spawn(
-        1, [{"name": "totorch", "start": start, **short}, {"name": "to1", "start": start, **short, **deepspeed[1]}]
+        1,
+        [
+            {"name": "totorch", "start": start, **short},
+            {"name": "to1", "start": start, **short, **deepspeed[1]},
+            {"name": "to1-offloaded", "start": start, **short, **deepspeed[1], "offload": "cpu"},
+        ],
     )
     return found
 
@@ -211,13 +218,14 @@ def test_losses_agree_when_workers_do_not_divide_the_batch(done: Runs) -> None:
     assert close(done.losses("three"), done.losses("torch"), range(1, THREE + 1)) < 1e-5
 
 
-def test_all_ranks_skip_the_same_steps(done: Runs) -> None:
-    one, two = done.losses("guarded"), done.losses("guarded2")
+@pytest.mark.parametrize("name", ["guarded2", "guarded2-offloaded"])
+def test_all_ranks_skip_the_same_steps(done: Runs, name: str) -> None:
+    one, two = done.losses("guarded"), done.losses(name)
     assert one.keys() == two.keys(), "a step that was skipped has no loss"
-    assert 0 < done.figures("guarded2")["skipped_steps"] == STEPS - len(two)
+    assert 0 < done.figures(name)["skipped_steps"] == STEPS - len(two)
     assert one == pytest.approx(two, rel=1e-5)
     first = min(set(range(BATCH, BATCH * STEPS, BATCH)) - two.keys())
-    kept = json.loads((done.artifacts("guarded2") / f"evidence/{first:012d}.json").read_text())
+    kept = json.loads((done.artifacts(name) / f"evidence/{first:012d}.json").read_text())
     assert [len(keys) for keys in kept["keys"].values()] == [BATCH // 2] * 2
 
 
@@ -227,7 +235,7 @@ def test_training_learns(done: Runs) -> None:
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
 
 
-@pytest.mark.parametrize("name", ["to3", "to0", "to1", "totorch"])
+@pytest.mark.parametrize("name", ["to3", "to0", "to1", "to1-offloaded", "totorch"])
 def test_resume_at_another_stage_and_world_leaves_no_scar(done: Runs, name: str) -> None:
     """From (2 workers, ZeRO 2): the very next loss, and those after."""
     half = STEPS // 2

@@ -1,7 +1,7 @@
 """One of two ranks, started by the tests: `python ranks.py PART FOLDER RANK`; each run saves under FOLDER/ENGINE.
 
 error   Saves twice; the second time rank 1 cannot write its last file.  Prints what was raised.
-stages  At every ZeRO stage: trains, saves, goes on, and goes on again from what was saved.  Prints whether bit by bit.
+stages  With each of ENGINES: trains, saves, goes on, and goes on again from what was saved.  Prints whether bit by bit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from calotype.train.saving import Saving, resume
 from torch import nn
 
 WORLD, BATCH = 2, 12
+ENGINES = {"torch0": config.Engine(kind="torch"), **{f"deepspeed{n}": config.Engine(stage=n) for n in range(4)}}
+ENGINES |= {f"offload{n}": config.Engine(stage=n, offload="cpu") for n in (1, 2, 3)}
 HALFLIVES = (100, 5, 30)  # the first is `ema.halflife`
 ALSO = {"unsent": [], "left_out": {}, "guard": {}}
 
@@ -51,9 +53,8 @@ def saving(engine: Engine, settings: config.Engine, record: Record) -> Saving:
 
 
 def stages(folder: str, worker: Worker) -> None:
-    for kind, stage in [("torch", 0), *(("deepspeed", stage) for stage in range(4))]:
-        settings = config.Engine(kind=kind, stage=stage)
-        record = Record("train_denoiser", "f" * 32, "toy", folder, f"{folder}/{kind}{stage}")
+    for name, settings in ENGINES.items():
+        record = Record("train_denoiser", "f" * 32, "toy", folder, f"{folder}/{name}")
         engine = made(settings, worker)
         steps(engine, 0, 20)
         saves = saving(engine, settings, record)
@@ -65,8 +66,8 @@ def stages(folder: str, worker: Worker) -> None:
         assert resume({"net": again}, str, worker, record)["images"] == 20 * BATCH
         steps(again, 20, 23)
         found = again.states()[0]
-        same = all(torch.equal(found[what][name], t) for what, named in there.items() for name, t in named.items())
-        print(f"{kind}{stage} {'bit by bit' if same else 'differs'}", flush=True)
+        same = all(torch.equal(found[what][key], t) for what, named in there.items() for key, t in named.items())
+        print(f"{name} {'bit by bit' if same else 'differs'}", flush=True)
 
 
 def error(folder: str, worker: Worker) -> None:

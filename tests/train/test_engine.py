@@ -9,11 +9,18 @@ import torch
 from calotype import config
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
+from calotype.train import zero
 from calotype.train.ema import decay
 from calotype.train.engine import Engine
 from calotype.train.kernels import said
 from calotype.train.plain import dealt
 from torch import nn
+
+OFFLOADED = [("deepspeed", stage, "cpu") for stage in (1, 2, 3)]
+every_engine = pytest.mark.parametrize(
+    ("kind", "stage", "offload"),
+    [("torch", 0, "none"), *(("deepspeed", stage, "none") for stage in range(4)), *OFFLOADED],
+)
 
 
 def net() -> nn.Module:
@@ -22,9 +29,14 @@ def net() -> nn.Module:
 
 
 def made(
-    kind: str = "torch", stage: int = 0, accumulation: int = 1, precision: str = "fp32", halflife: int = 100
+    kind: str = "torch",
+    stage: int = 0,
+    offload: str = "none",
+    accumulation: int = 1,
+    precision: str = "fp32",
+    halflife: int = 100,
 ) -> Engine:
-    settings = config.Engine(kind=kind, stage=stage, precision=precision)
+    settings = config.Engine(kind=kind, stage=stage, offload=offload, precision=precision)
     optim = config.Optim(clip=0.5, weight_decay=0.01)
     ema = config.EMA(halflife=halflife, halflives=[5] if halflife else [])
     return Engine(net(), optim, settings, Worker(), accumulation, ema)
@@ -69,8 +81,10 @@ def bare(count: int) -> tuple[list[float], nn.Module, dict[str, list[torch.Tenso
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_it_does_what_a_bare_loop_does(accumulation: int) -> None:
-    engine = made(accumulation=accumulation)
+@pytest.mark.parametrize(("kind", "stage", "offload"), [("torch", 0, "none"), *OFFLOADED])
+def test_it_does_what_a_bare_loop_does(kind: str, stage: int, offload: str, accumulation: int) -> None:
+    pytest.importorskip("deepspeed")
+    engine = made(kind, stage, offload, accumulation)
     losses, module, means = bare(20)
     assert steps(engine, 0, 20) == pytest.approx(losses, rel=1e-5)
     states, scalars = engine.states()
@@ -83,14 +97,14 @@ def test_it_does_what_a_bare_loop_does(accumulation: int) -> None:
     assert scalars["adam_step"] == 20
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
-def test_states_go_into_any_other(kind: str, stage: int) -> None:
+@every_engine
+def test_states_go_into_any_other(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
     source = made()
     steps(source, 0, 5)
     states, scalars = source.states()
     states = {key: {name: tensor.clone() for name, tensor in named.items()} for key, named in states.items()}
-    target = made(kind, stage)
+    target = made(kind, stage, offload)
     steps(target, 90, 2)  # it was somewhere else
     target.load(states, scalars)
     assert steps(target, 5, 3) == pytest.approx(steps(source, 5, 3), rel=1e-6)  # the very next loss
@@ -101,10 +115,10 @@ def test_states_go_into_any_other(kind: str, stage: int) -> None:
             torch.testing.assert_close(mine[0][key][name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
-def test_averaged_weights_inside_and_the_same_ones_after(kind: str, stage: int) -> None:
+@every_engine
+def test_averaged_weights_inside_and_the_same_ones_after(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
-    engine = made(kind, stage)
+    engine = made(kind, stage, offload)
     steps(engine, 0, 8)
     x = torch.linspace(-1, 1, 21).view(3, 7)
     states, _ = engine.states()
@@ -120,10 +134,10 @@ def test_averaged_weights_inside_and_the_same_ones_after(kind: str, stage: int) 
         assert not torch.allclose(before, averaged(x), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
-def test_a_share_is_a_copy_that_further_steps_do_not_change(kind: str, stage: int) -> None:
+@every_engine
+def test_a_share_is_a_copy_that_further_steps_do_not_change(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
-    engine = made(kind, stage)
+    engine = made(kind, stage, offload)
     steps(engine, 0, 3)
     states, scalars = engine.states()
     states = {key: {name: tensor.clone() for name, tensor in named.items()} for key, named in states.items()}
@@ -187,15 +201,15 @@ def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
-def test_channels_last_survives_every_stage(kind: str, stage: int) -> None:
+@every_engine
+def test_channels_last_survives_every_stage(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
     for channels_last in (False, True):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3))
-        settings = config.Engine(kind=kind, stage=stage, channels_last=channels_last)
+        settings = config.Engine(kind=kind, stage=stage, offload=offload, channels_last=channels_last)
         engine = Engine(module, config.Optim(), settings, Worker())
         strides = []
         module[3].register_forward_pre_hook(lambda _, args, seen=strides: seen.append(args[0].stride()))
@@ -206,6 +220,20 @@ def test_channels_last_survives_every_stage(kind: str, stage: int) -> None:
         assert [stride[1] == 1 for stride in strides] == [channels_last] * 3
         outputs.append(out.detach())
     torch.testing.assert_close(*outputs)
+
+
+def test_stage_3_has_a_fraction_of_the_weights_whole() -> None:
+    pytest.importorskip("deepspeed")
+    module = nn.Sequential(*(nn.Linear(9, 9) for _ in range(32)))
+    engine = Engine(module, config.Optim(), config.Engine(stage=3), Worker())
+    whole: list[int] = []
+    for layer in module:
+        layer.register_forward_pre_hook(lambda *_: whole.append(sum(p.data.numel() for p in module.parameters())))
+    for images in (2, 4, 6):  # DeepSpeed learns the order in the first two
+        engine.backward(engine(torch.ones(2, 9)).sum())
+        engine.step(1e-3, images, 2)
+    assert 2 * 90 < max(whole[-32:]) <= (1 / zero.LIVE + 1 / zero.AHEAD) * 32 * 90 + 2 * 90
+    assert not sum(p.data.numel() for p in module.parameters())
 
 
 @pytest.mark.slow
@@ -231,12 +259,13 @@ def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
     words = said(config.Engine(tf32=True, compile="max-autotune"), cuda=True)
     assert words.startswith("fp32, TF32 on, attention flash | memory-efficient")
     assert "torch.compile max-autotune" in words
+    assert said(config.Engine(stage=2, offload="cpu"), cuda=True).endswith("fused AdamW in host memory")
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
-def test_loss_scale_finds_its_place_and_gives_up_at_one(kind: str, stage: int) -> None:
+@every_engine
+def test_loss_scale_finds_its_place_and_gives_up_at_one(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
-    engine = made(kind, stage)
+    engine = made(kind, stage, offload)
     engine.dynamic, engine.loss_scale = True, 4.0  # what fp16 on a GPU sets
 
     def overflow() -> float:
@@ -253,10 +282,10 @@ def test_loss_scale_finds_its_place_and_gives_up_at_one(kind: str, stage: int) -
         overflow()
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))])
-def test_a_step_that_is_not_taken_leaves_everything_as_it_was(kind: str, stage: int) -> None:
+@every_engine
+def test_a_step_that_is_not_taken_leaves_everything_as_it_was(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
-    engine, other = made(kind, stage), made(kind, stage)
+    engine, other = made(kind, stage, offload), made(kind, stage, offload)
     judged: list[float] = []
 
     def states() -> dict[str, torch.Tensor]:

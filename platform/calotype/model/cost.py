@@ -25,7 +25,10 @@ LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Shape = tuple[int, int, int]  # (C, h, w) of a latent
 FEW = 4  # images of the smaller measurement
 
-# Dense, TFLOP/s, by NVIDIA's data sheets: (bf16 and fp16, TF32, fp32 without tensor cores).
+# Dense, TFLOP/s: (bf16 and fp16, TF32, fp32 without tensor cores), by NVIDIA's data sheets of each; where they count
+# zeros that are left out ("with sparsity"), half of it.  A10G, which is not A10: "NVIDIA A10G Tensor Core GPU" for AWS,
+# d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf.  RTX 4090: "NVIDIA Ada
+# GPU Architecture", with sums in fp32.
 PEAKS = {
     "H200": (989.4, 494.7, 66.9),
     "H100 PCIe": (756.0, 378.0, 51.2),

@@ -137,7 +137,8 @@ def _timed(config: TrainDenoiser, worker: Worker, most: int) -> float:
     model = build_denoiser(replace(config, denoiser=replace(config.denoiser, init_from="")), shape)
     if config.engine.checkpoint_activations:
         checkpoint_activations(model)
-    engine = Engine(model, config.optim, replace(config.engine, kind="torch", stage=0), worker, 1, config.ema)
+    plain = replace(config.engine, kind="torch", stage=0, offload="none")
+    engine = Engine(model, config.optim, plain, worker, 1, config.ema)
     nothing, diffusion = conditioner.empty(config.conditions), Diffusion(config.diffusion)
     meta = {"channel_mean": [0.0] * shape[0], "channel_std": [1.0] * shape[0], "shape": shape}
     rows = Rows(config, Manifest(CACHE, NAME, (), (), meta), nothing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from calotype import checks
 from calotype.config import TrainDenoiser
@@ -34,12 +35,14 @@ class Option:
 
     Attributes:
         engine: as it is typed: torch, zero0 ... zero3.
+        offload: none | cpu.
         memory: without activations.
         once, each: bytes of activations, per micro-batch and per image.
         bytes: of the micro-batch that the settings ask for.
     """
 
     engine: str
+    offload: str
     checkpoint_activations: bool
     memory: Memory
     once: int
@@ -61,8 +64,9 @@ def refuse_too_big(config: TrainDenoiser) -> None:
     mine = chosen(config, options(config, needs, memory))
     if mine.bytes > ROOM * memory:
         way = " ".join(advice(config, options(config, needs + measured(config, not again), memory)))
+        how = f"engine={mine.engine}{' engine.offload=cpu' if mine.offload == 'cpu' else ''}"
         raise ConfigError(
-            f"engine={mine.engine} with {wanted(config)} images per forward takes {mine.bytes / 1e9:.3g} GB of each "
+            f"{how} with {wanted(config)} images per forward takes {mine.bytes / 1e9:.3g} GB of each "
             f"worker's cluster.memory_gb={config.cluster.memory_gb:g}, of which a tenth is left free: "
             + (f"set {way}" if way else "no ZeRO stage fits even one image, use more workers or a smaller denoiser")
         )
@@ -82,15 +86,17 @@ def measured(config: TrainDenoiser, *checkpointed: bool) -> list[Need]:
 
 
 def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[Option]:
-    """Every engine for each of the needs, those that keep their activations first, smallest stage first."""
+    """Every engine for each of the needs: what is the slowest last, so by offload, by activations, by stage."""
     gpu, means, made = bool(config.cluster.gpus), averages(config.ema), []
-    for need in sorted(needs, key=lambda need: need.checkpoint_activations):
-        for kind, stage in STAGES:
-            held = per_rank(need.parameters, config.cluster.workers, kind, stage, means, gpu)
-            states = held.whole + need.once
+    places = ("none", "cpu") if gpu or config.engine.offload == "cpu" else ("none",)  # else it is the same memory
+    for offload, need in product(places, sorted(needs, key=lambda need: need.checkpoint_activations)):
+        for kind, stage in STAGES if offload == "none" else STAGES[-3:]:
+            held = per_rank(need.parameters, config.cluster.workers, kind, stage, means, gpu, offload)
+            states = held.whole + need.once + (0 if gpu else held.host)
             made.append(
                 Option(
                     engine=kind if kind == "torch" else f"zero{stage}",
+                    offload=offload,
                     checkpoint_activations=need.checkpoint_activations,
                     memory=held,
                     once=need.once,
@@ -103,26 +109,31 @@ def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[O
 
 
 def advice(config: TrainDenoiser, found: Sequence[Option]) -> list[str]:
-    """Settings of the smallest stage at which the micro-batch fits that they ask for; else the one that holds most."""
+    """Settings of the smallest stage at which the micro-batch fits that they ask for; else the one that holds most.
+    Offloaded only if not even one image fits without."""
     mine = chosen(config, found)
-    staged = [one for one in found if one.engine != "torch" or mine.engine == "torch"]
+    staged = [one for one in found if one.micro_batch and (one.engine != "torch" or mine.engine == "torch")]
+    staged = [one for one in staged if one.offload == staged[0].offload]
     fits = [one for one in staged if one.micro_batch >= wanted(config)]
-    best = fits[0] if fits else max(staged, key=lambda one: one.micro_batch)
-    if not best.micro_batch:
+    if not staged:
         return []
+    best = fits[0] if fits else max(staged, key=lambda one: one.micro_batch)
     words = [f"engine={best.engine}"]
     if best.micro_batch < wanted(config) or config.engine.micro_batch:
         words.append(f"engine.micro_batch={min(best.micro_batch, wanted(config))}")
-    return words + (["engine.checkpoint_activations=true"] if best.checkpoint_activations else [])
+    if best.checkpoint_activations:
+        words.append("engine.checkpoint_activations=true")
+    if "cpu" in (best.offload, config.engine.offload):
+        words.append(f"engine.offload={best.offload}")
+    return words
 
 
 def chosen(config: TrainDenoiser, found: Sequence[Option]) -> Option:
     """The option that the settings choose."""
     engine = config.engine
     name = engine.kind if engine.kind == "torch" else f"zero{engine.stage}"
-    return next(
-        one for one in found if (one.engine, one.checkpoint_activations) == (name, engine.checkpoint_activations)
-    )
+    mine = (name, engine.offload, engine.checkpoint_activations)
+    return next(one for one in found if (one.engine, one.offload, one.checkpoint_activations) == mine)
 
 
 def share(config: TrainDenoiser) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from calotype import config
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
-from calotype.train import kernels
+from calotype.train import kernels, zero
 from calotype.train.ema import averages
 from calotype.train.plain import Brake, Cast, Piece, Plain, adamw, clip, dealt, named
 from calotype.train.shares import Copies, Share, gathered, take_over
@@ -38,7 +38,7 @@ States = dict[str, dict[str, Tensor]]
 class Backend(Protocol):
     """Who owns the weights and takes the step; all of it is collective."""
 
-    partitions: Sequence[Tensor]  # fp32 master weights of this rank; the optimizer's state is keyed by them
+    partitions: Sequence[Tensor]  # fp32 master weights of this rank, on the CPU if offloaded; keys of optimizer.state
     pieces: list[Piece]
     replicated: bool
     optimizer: Any  # torch.optim.AdamW
@@ -265,22 +265,8 @@ class Zero:
         self.limit = optim.clip
         self.norms: Sequence[Tensor] = ()
         self.parameters = list(module.parameters())
-        numel = sum(p.numel() for p in self.parameters)
-        bucket = min(
-            numel + numel % 2, 50_000_000
-        )  # it allocates whole buckets, of an even size: none beyond the model
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,  # nothing of ours depends on it
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": optim.clip if self.stage else 0.0,
-            "steps_per_print": None,
-            "zero_optimization": {
-                "stage": self.stage,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket,
-                "overlap_comm": worker.device.startswith("cuda"),
-            },
-        }
+        elements = sum(p.numel() for p in self.parameters)
+        settings = zero.settings(elements, engine, accumulation, optim.clip, worker.device.startswith("cuda"))
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(self.parameters, optim), config=settings, dist_init_required=False
         )

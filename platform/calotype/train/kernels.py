@@ -47,7 +47,7 @@ def said(engine: config.Engine, cuda: bool) -> str:
         words.append("attention of PyTorch")
     words.append("channels_last" if engine.channels_last else "channels first")
     words.append(f"torch.compile {engine.compile}" if engine.compile != "none" else "not compiled")
-    return ", ".join([*words, "fused AdamW"])
+    return ", ".join([*words, "fused AdamW" + (" in host memory" if engine.offload == "cpu" else "")])
 
 
 def _channels_last(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

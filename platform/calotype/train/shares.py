@@ -106,8 +106,9 @@ def gathered(
     for index, tensor in enumerate(tensors):
         ranks: list[Tensor] | None = [tensor.detach().contiguous()]
         if not replicated:
-            ranks = [torch.empty_like(tensor) for _ in range(worker.world)] if first else None
-            dist.gather(tensor.detach(), ranks)
+            own = tensor.detach().to(worker.device)  # NCCL takes no tensors that were offloaded
+            ranks = [torch.empty_like(own) for _ in range(worker.world)] if first else None
+            dist.gather(own, ranks)
         for piece in pieces if first else ():
             if piece.partition == index:
                 assert ranks is not None
