@@ -1,0 +1,159 @@
+"""A training on two real Ray nodes of this machine: one is lost, one comes, one is taken away after a notice."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from calotype.cluster import room, spread
+from calotype.config import EMA, Cluster, Data, Engine, Optim, Track, Train, TrainDenoiser
+from calotype.environment import Worker
+from calotype.runs import Record
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(420)]
+BATCH, EVERY = 8, 160
+
+
+class Node:
+    """One more node of the cluster, on this machine."""
+
+    def __init__(self, folder: Path, cpus: int) -> None:
+        import ray
+
+        before = {node["NodeID"] for node in ray.nodes()}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={os.environ['CALOTYPE_RAY_GCS']}"]
+        command += ["--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+        env = {**os.environ, "SPT_NOENV": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # as on one machine
+        with (folder / f"node-{len(before)}.log").open("wb") as said:
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said)
+        self.id = until(lambda: next(iter({node["NodeID"] for node in ray.nodes() if node["Alive"]} - before), ""), 60)
+
+    def drain(self, seconds: int) -> None:
+        words = ["drain-node", f"--address={os.environ['CALOTYPE_RAY_GCS']}", f"--node-id={self.id}"]
+        words += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={seconds}"]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=True, timeout=60)
+
+    def kill(self) -> None:
+        """At once and with all that runs there, as a machine goes."""
+        there = [self.process, *psutil.Process(self.process.pid).children(recursive=True)] if self.alive() else []
+        for process in there:
+            process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+
+def until(found: Callable[[], Any], seconds: float = 120.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture(scope="module")
+def cpus(stack: Any) -> Iterator[int]:
+    """Of the first node, as many as each other one and each rank have: a rank is a node."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    spread._connect(Cluster())
+    yield int(ray.cluster_resources()["CPU"])
+    ray.shutdown()
+
+
+def trains(config: TrainDenoiser, worker: Worker, record: Record) -> dict[str, Any]:
+    """The real loop on a model of five weights; every step is written down before it is taken."""
+    import numpy as np
+    import torch
+    from calotype.train import engine, loop
+
+    made = engine.Engine(torch.nn.Linear(4, 1), config.optim, config.engine, worker, 1, EMA(halflife=100))
+    first, last = (BATCH * (worker.rank + more) // worker.world for more in (0, 1))
+
+    def batches(position: int) -> Iterator[Any]:
+        for start in itertools.count(position, BATCH):
+            yield SimpleNamespace(positions=np.arange(start, start + BATCH)[first:last])
+
+    def prepare(batch: Any) -> dict[str, torch.Tensor]:
+        return {"at": torch.from_numpy(batch.positions), "x": torch.randn(last - first, 4)}
+
+    def step(rows: Any) -> dict[str, torch.Tensor]:
+        time.sleep(0.1)
+        if worker.rank == 0:
+            with Path(config.root, "steps").open("a") as file:
+                file.write(f"{worker.world} {int(rows['at'][0])}\n")
+        return {"net": (made(rows["x"]) - 1).square().mean(1)}
+
+    figures = loop.run(loop.Task({"net": made}, batches, prepare, step), config, worker, record)
+    return {} if figures["stopped"] else figures
+
+
+def steps(folder: Path) -> list[tuple[int, int]]:
+    """(ranks, position of the first image) of every step that was taken."""
+    said = folder / "steps"
+    return [(int(a), int(b)) for a, b in map(str.split, said.read_text().splitlines())] if said.exists() else []
+
+
+def committed(folder: Path) -> list[int]:
+    return sorted(int(found.parent.name) for found in folder.glob("artifacts/checkpoints/*/COMMIT.json"))
+
+
+def test_a_node_is_lost_one_comes_and_one_is_taken_away(
+    cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "SETTLE", 2.0)
+    monkeypatch.setattr(room, "GROWN", 2.0)
+    settings = TrainDenoiser(
+        name="nodes",
+        root=str(tmp_path),
+        data=Data(name="d"),
+        cluster=Cluster(workers=2, min_workers=1, cpus=cpus),
+        train=Train(images=10**9, batch=BATCH, log_every=EVERY, validate_every=0, sample_every=0, checkpoint_every=EVERY),
+        optim=Optim(),
+        engine=Engine(kind="torch"),
+        track=Track(kind="none"),
+    )
+    record = Record("train_denoiser", "f" * 32, "nodes", str(tmp_path), str(tmp_path / "artifacts"))
+    nodes = [Node(tmp_path, cpus)]
+    notice: list[int] = []
+
+    def disturb() -> None:
+        try:
+            until(lambda: committed(tmp_path) and len(steps(tmp_path)) % 20 > 4)
+            nodes[0].kill()
+            until(lambda: [world for world, _ in steps(tmp_path)][-4:] == [1] * 4)
+            nodes.append(Node(tmp_path, cpus))
+            until(lambda: [world for world, _ in steps(tmp_path)][-30:] == [2] * 30)
+            nodes[1].drain(60)
+            notice.append(steps(tmp_path)[-1][1])
+            until(lambda: [world for world, _ in steps(tmp_path)][-4:] == [1] * 4)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        assert spread.train(trains, settings, record) == {}
+    finally:
+        thread.join()
+        for node in nodes:
+            node.kill()
+    attempts = [[at for _, at in group] for _, group in itertools.groupby(steps(tmp_path), lambda one: one[0])]
+    said = [one.getMessage() for one in caplog.records if one.name.startswith("calotype.cluster")]
+    print("\n".join(said), [(one[0], one[-1]) for one in attempts], notice, committed(tmp_path))
+    assert len(attempts) == 4
