@@ -245,9 +245,10 @@ class Cluster:
     """Where a task's body runs."""
 
     kind: str = setting("ray", "ray | local (in this process, one worker)", identity=False)
-    workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
-    min_workers: int = setting(
-        0, "training: starts with what there is room for, at least so many of `workers`; 0: all", identity=False
+    workers: int | list[int] = setting(
+        1,
+        "workers (ranks of training, actors of prepare and cache); training: [LEAST,MOST] takes what there is room for",
+        identity=False,
     )
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
@@ -259,6 +260,16 @@ class Cluster:
     hang_seconds: float = setting(
         180.0, "training: ranks of which none takes a step for so long are killed and go on; 0: never", identity=False
     )
+
+    @property
+    def least(self) -> int:
+        """Workers without which a training waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that are asked for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[-1]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -24,6 +23,14 @@ from calotype.runs import Record
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(420)]
 BATCH, EVERY = 8, 160
+NEVER = {"validate_every": 0, "sample_every": 0, "keep": 99}
+# `ray`, which would look for the head at this machine's outside address.
+ON_LOOPBACK = """
+from ray._private import services
+from ray.scripts import scripts
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+scripts.main()
+"""
 
 
 class Node:
@@ -33,17 +40,21 @@ class Node:
         import ray
 
         before = {node["NodeID"] for node in ray.nodes()}
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={os.environ['CALOTYPE_RAY_GCS']}"]
+        command = [sys.executable, "-c", ON_LOOPBACK, "start", f"--address={os.environ['CALOTYPE_RAY_GCS']}"]
         command += ["--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
-        env = {**os.environ, "SPT_NOENV": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # as on one machine
+        env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         with (folder / f"node-{len(before)}.log").open("wb") as said:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said)
         self.id = until(lambda: next(iter({node["NodeID"] for node in ray.nodes() if node["Alive"]} - before), ""), 60)
 
     def drain(self, seconds: int) -> None:
         words = ["drain-node", f"--address={os.environ['CALOTYPE_RAY_GCS']}", f"--node-id={self.id}"]
-        words += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={seconds}"]
+        words += [
+            "--reason=DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message=spot",
+            f"--deadline-remaining-seconds={seconds}",
+        ]
         subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], check=True, timeout=60)
 
     def kill(self) -> None:
@@ -122,8 +133,10 @@ def test_a_node_is_lost_one_comes_and_one_is_taken_away(
         name="nodes",
         root=str(tmp_path),
         data=Data(name="d"),
-        cluster=Cluster(workers=2, min_workers=1, cpus=cpus),
-        train=Train(images=10**9, batch=BATCH, log_every=EVERY, validate_every=0, sample_every=0, checkpoint_every=EVERY),
+        cluster=Cluster(workers=[1, 2], cpus=cpus),
+        train=Train(
+            images=10**9, batch=BATCH, log_every=EVERY, validate_every=0, sample_every=0, checkpoint_every=EVERY
+        ),
         optim=Optim(),
         engine=Engine(kind="torch"),
         track=Track(kind="none"),
@@ -154,6 +167,23 @@ def test_a_node_is_lost_one_comes_and_one_is_taken_away(
         for node in nodes:
             node.kill()
     attempts = [[at for _, at in group] for _, group in itertools.groupby(steps(tmp_path), lambda one: one[0])]
+    assert len(attempts) == 4, "two ranks, one when a node was lost, two when one came, one when that was taken away"
+    for attempt in attempts:
+        assert attempt == list(range(attempt[0], attempt[-1] + 1, BATCH))
+    whole, alone, grown, left = attempts
+    saved = committed(tmp_path)
+    assert alone[0] == max(at for at in saved if at <= whole[-1] + BATCH), "not from the last commit"
+    assert grown[0] == alone[-1] + BATCH, "a step was lost, or taken twice, to grow"
+    assert left[0] == grown[-1] + BATCH, "a step was lost, or taken twice, when a node was taken away"
+    assert {grown[0], left[0], left[-1] + BATCH} <= set(saved)
+    assert notice[0] < left[0] <= notice[0] + 100 * BATCH
     said = [one.getMessage() for one in caplog.records if one.name.startswith("calotype.cluster")]
-    print("\n".join(said), [(one[0], one[-1]) for one in attempts], notice, committed(tmp_path))
-    assert len(attempts) == 4
+    fails, fewer, room_again, goes_on, notice_said, goes_on_again, fewer_again, asked = said
+    assert "the node of rank" in fails
+    assert "(a node is lost): failure 1 of this job" in fails
+    assert fewer == fewer_again == "starts with 1 of cluster.workers=[1, 2]: there is no room for more"
+    assert room_again.startswith("there has been room for 1 more rank")
+    assert f"node {nodes[1].id[:12]}, with rank" in notice_said
+    assert "is taken away in " in notice_said
+    assert goes_on == goes_on_again
+    assert asked.startswith("asked to stop")

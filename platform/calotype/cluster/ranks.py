@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from calotype.cluster.failures import Failure, Streak, failure_of
+from calotype.cluster.failures import Failure, Streak, failure_of, looked_into
 from calotype.cluster.room import Change, room_for
 from calotype.cluster.watch import Watch, end_hung
 from calotype.cluster.workers import POLL, Body, forget, get, put, run_rank, unpacked
@@ -103,7 +103,7 @@ def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] 
     if "error" not in done:
         return dict(done["result"] or {}) or (None if ending else {})
     watch.look(last=True)
-    kind, why = ("hung", hung) if hung else failure_of(done["error"])
+    kind, why = looked_into(*(("hung", hung) if hung else failure_of(done["error"])), watch.signs.values())
     return Failure(kind, why, watch.began, watch.low, watch.low + watch.pace)
 
 

@@ -1,8 +1,4 @@
-"""Room for the ranks of a training: how many to start, and when they should start again, without a node or as more.
-
-A node that will be taken away (a spot machine after its notice) is one that Ray drains: `ray drain-node`, which KubeRay
-and the autoscalers call by the same request.  It keeps what runs there until its deadline, and gets nothing new.
-"""
+"""Room for the ranks of a training: how many to start, and when they should start again, without a node or as more."""
 
 from __future__ import annotations
 
@@ -12,7 +8,8 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from calotype.cluster.watch import BEAT, DONE, STEP, Sign
+from calotype.cluster.nodes import draining, lost
+from calotype.cluster.watch import BEAT, DONE, STEP, Sign, ranks_of
 from calotype.cluster.workers import POLL
 from calotype.config import Cluster
 
@@ -23,21 +20,21 @@ GROWN = 60.0  # seconds that there must be room for more ranks: starting again c
 
 
 def room_for(cluster: Cluster, asked: threading.Event) -> int:
-    """How many ranks to start: all, or after SETTLE seconds those that there is room for, at least cluster.min_workers;
-    0 if it was asked to stop meanwhile.
+    """How many ranks to start: the most, or after SETTLE seconds those that there is room for, at least the least; 0 if
+    it was asked to stop meanwhile.
     """
-    if not cluster.min_workers:
-        return cluster.workers  # Ray Train waits for the room
+    if cluster.least == cluster.most:
+        return cluster.most  # Ray Train waits for the room
     began, told = time.monotonic(), False
     while not asked.wait(POLL):
-        if (room := min(rooms(cluster, draining()), cluster.workers)) == cluster.workers:
+        if (room := min(rooms(cluster, draining()), cluster.most)) == cluster.most:
             return room
-        if time.monotonic() - began > SETTLE and room >= cluster.min_workers:
-            log.warning("starts with %d of cluster.workers=%d: there is no room for more", room, cluster.workers)
+        if time.monotonic() - began > SETTLE and room >= cluster.least:
+            log.warning("starts with %d of cluster.workers=%s: there is no room for more", room, cluster.workers)
             return room
         if time.monotonic() - began > SETTLE and not told:
             told = True
-            log.warning("waits: there is room for %d of cluster.min_workers=%d", room, cluster.min_workers)
+            log.warning("waits: there is room for %d of cluster.workers=%s", room, cluster.workers)
     return 0
 
 
@@ -46,15 +43,13 @@ def rooms(cluster: Cluster, leaving: Collection[str]) -> int:
     from ray._private.state import available_resources_per_node
 
     needs = {"CPU": float(cluster.cpus)} | ({"GPU": cluster.gpus} if cluster.gpus else {})
-    nodes = [free for node, free in available_resources_per_node().items() if node not in leaving]
-    return sum(min(int(free.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for free in nodes)
-
-
-def draining() -> dict[str, float]:
-    """Nodes that will be taken away -> when, in seconds since 1970; 0 if nobody says."""
-    from ray._private.state import state
-
-    return {node: milliseconds / 1000 for node, milliseconds in state.get_draining_nodes().items()}
+    found = {
+        node: min(int(free.get(name, 0.0) / need + 1e-6) for name, need in needs.items())
+        for node, free in available_resources_per_node().items()
+        if node not in leaving
+    }
+    roomy = {node for node, room in found.items() if room}
+    return sum(found[node] for node in roomy - lost(roomy))
 
 
 @dataclass
@@ -75,18 +70,18 @@ class Change:
         self._looked = now
         try:
             leaving = draining()
-            wanted = self.cluster.workers - self.world
+            wanted = self.cluster.most - self.world
             more = min(rooms(self.cluster, leaving), wanted) if wanted else 0
         except Exception:  # a head that is busy for a moment
             return ""
         for node, deadline in leaving.items():
-            if ranks := sorted(sign.rank for sign in signs if sign.node == node and sign.phase != DONE):
+            if there := [sign for sign in signs if sign.node == node and sign.phase != DONE]:
                 when = f"in {deadline - time.time():.0f} s" if deadline else "soon"
-                return f"node {node[:12]}, with rank {' and '.join(map(str, ranks))}, is taken away {when}"
+                return f"node {node[:12]}, with {ranks_of(there)}, is taken away {when}"
         if not more:
             self._roomy = None
         elif self._roomy is None:
             self._roomy = now
         elif now - self._roomy >= GROWN and len(signs) == self.world and all(sign.phase == STEP for sign in signs):
-            return f"there has been room for {more} more ranks for {now - self._roomy:.0f} s"
+            return f"there has been room for {more} more rank{'s' * (more > 1)} for {now - self._roomy:.0f} s"
         return ""

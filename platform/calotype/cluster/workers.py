@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from calotype.cluster.nodes import kernel_kills
 from calotype.cluster.watch import BEAT, DONE, Pulse, Sign
 from calotype.config import Cluster, Job
 from calotype.environment import Worker
@@ -119,7 +120,7 @@ def _heard(key: str, attempt: str, rank: int, pulse: Pulse) -> Iterator[threadin
 
     def tell(ticks: int, phase: str) -> None:
         with contextlib.suppress(Exception):  # a head that is busy for a moment
-            sign = Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.began, pulse.images)
+            sign = Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.began, pulse.images, kernel_kills())
             put(f"{attempt}:{rank}", sign.packed())
 
     def follow() -> None:

@@ -86,7 +86,7 @@ def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[O
     gpu, means, made = bool(config.cluster.gpus), averages(config.ema), []
     for need in sorted(needs, key=lambda need: need.checkpoint_activations):
         for kind, stage in STAGES:
-            held = per_rank(need.parameters, config.cluster.workers, kind, stage, means, gpu)
+            held = per_rank(need.parameters, config.cluster.least, kind, stage, means, gpu)
             states = held.whole + need.once
             made.append(
                 Option(
@@ -126,7 +126,7 @@ def chosen(config: TrainDenoiser, found: Sequence[Option]) -> Option:
 
 
 def share(config: TrainDenoiser) -> int:
-    return math.ceil(config.train.batch / config.cluster.workers)
+    return math.ceil(config.train.batch / config.cluster.least)
 
 
 def wanted(config: TrainDenoiser) -> int:
