@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,14 +128,14 @@ def looked_into(kind: str, why: str, signs: Collection[Sign]) -> tuple[str, str]
     Args:
         signs: the last ones of all ranks.
     """
-    if kind not in DOUBTFUL:
-        return kind, why
-    if gone := lost({sign.node for sign in signs}):
-        return "a node is lost", f"the node of {ranks_of(sign for sign in signs if sign.node in gone)} is gone"
-    silent = [sign for sign in signs if sign.phase != DONE]  # what failed by itself says so at its end
-    kills = {} if kind == "hung" else kills_by_node({sign.node for sign in silent})
-    if short := [sign for sign in silent if kills.get(sign.node, 0) > sign.kills]:
-        return "out of memory", f"the kernel had no memory left where {ranks_of(short)} ran"
+    with contextlib.suppress(Exception):  # a head that is busy for a moment: Ray's word stands
+        if kind in DOUBTFUL and (gone := lost({sign.node for sign in signs})):
+            return "a node is lost", f"the node of {ranks_of(sign for sign in signs if sign.node in gone)} is gone"
+        if kind in DOUBTFUL and kind != "hung":
+            silent = [sign for sign in signs if sign.phase != DONE]  # what failed by itself says so at its end
+            kills = kills_by_node({sign.node for sign in silent})
+            if short := [sign for sign in silent if kills.get(sign.node, 0) > sign.kills]:
+                return "out of memory", f"the kernel had no memory left where {ranks_of(short)} ran"
     return kind, why
 
 

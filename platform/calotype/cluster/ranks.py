@@ -1,8 +1,8 @@
 """Ranks that form one training, started again as often as it takes: each attempt goes on from the last commit.
 
 The driver watches them (watch.py) and decides what a failure means (failures.py); Ray Train starts one attempt and
-says how it ended.  SIGTERM and `calotype cancel` end a wait between two attempts at once.  The driver asks an attempt to
-save and end for them too, and where others should start in place of its ranks (room.py): that is no failure.
+says how it ended.  SIGTERM and `calotype cancel` have the ranks save and end, or end a wait between two attempts at
+once.  So does a cluster in which other ranks should start in their place (room.py): that is no failure.
 """
 
 from __future__ import annotations
