@@ -110,21 +110,64 @@ def trains(config: TrainDenoiser, worker: Worker, record: Record) -> dict[str, A
         time.sleep(0.1)
         if worker.rank == 0:
             with Path(config.root, "steps").open("a") as file:
-                file.write(f"{worker.world} {int(rows['at'][0])}\n")
+                file.write(f"{os.getpid()} {worker.world} {int(rows['at'][0])}\n")
         return {"net": (made(rows["x"]) - 1).square().mean(1)}
 
     figures = loop.run(loop.Task({"net": made}, batches, prepare, step), config, worker, record)
     return {} if figures["stopped"] else figures
 
 
-def steps(folder: Path) -> list[tuple[int, int]]:
-    """(ranks, position of the first image) of every step that was taken."""
+def steps(folder: Path) -> list[tuple[int, int, int]]:
+    """(process of rank 0, ranks, position of the first image) of every step that was taken."""
     said = folder / "steps"
-    return [(int(a), int(b)) for a, b in map(str.split, said.read_text().splitlines())] if said.exists() else []
+    lines = said.read_text().splitlines() if said.exists() else []
+    return [(int(process), int(world), int(at)) for process, world, at in map(str.split, lines)]
+
+
+def worlds(folder: Path) -> list[int]:
+    return [world for _, world, _ in steps(folder)]
 
 
 def committed(folder: Path) -> list[int]:
     return sorted(int(found.parent.name) for found in folder.glob("artifacts/checkpoints/*/COMMIT.json"))
+
+
+def train(folder: Path, cluster: Cluster, nodes: list[Node], disturb: Callable[[], None]) -> list[list[int]]:
+    """Train, while `disturb` runs beside it, and stop; positions of the steps that each attempt has taken, checked."""
+    settings = TrainDenoiser(
+        name="nodes",
+        root=str(folder),
+        data=Data(name="d"),
+        cluster=cluster,
+        train=Train(images=10**9, batch=BATCH, **dict.fromkeys(("log_every", "checkpoint_every"), EVERY), **NEVER),
+        optim=Optim(),
+        engine=Engine(kind="torch"),
+        track=Track(kind="none"),
+    )
+
+    def disturb_and_stop() -> None:
+        try:
+            disturb()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=disturb_and_stop)
+    thread.start()
+    try:
+        record = Record("train_denoiser", "f" * 32, "nodes", str(folder), str(folder / "artifacts"))
+        assert spread.train(trains, settings, record) == {}
+    finally:
+        thread.join()
+        for node in nodes:
+            node.kill()
+    found = [[at for *_, at in group] for _, group in itertools.groupby(steps(folder), lambda one: one[:2])]
+    for attempt in found:
+        assert attempt == list(range(attempt[0], attempt[-1] + 1, BATCH))
+    return found
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [one.getMessage() for one in caplog.records if one.name.startswith("calotype.cluster")]
 
 
 def test_a_node_is_lost_one_comes_and_one_is_taken_away(
@@ -132,59 +175,51 @@ def test_a_node_is_lost_one_comes_and_one_is_taken_away(
 ) -> None:
     monkeypatch.setattr(room, "SETTLE", 2.0)
     monkeypatch.setattr(room, "GROWN", 2.0)
-    settings = TrainDenoiser(
-        name="nodes",
-        root=str(tmp_path),
-        data=Data(name="d"),
-        cluster=Cluster(workers=[1, 2], cpus=cpus),
-        train=Train(images=10**9, batch=BATCH, **dict.fromkeys(("log_every", "checkpoint_every"), EVERY), **NEVER),
-        optim=Optim(),
-        engine=Engine(kind="torch"),
-        track=Track(kind="none"),
-    )
-    record = Record("train_denoiser", "f" * 32, "nodes", str(tmp_path), str(tmp_path / "artifacts"))
     nodes = [Node(tmp_path, cpus)]
     notice: list[int] = []
 
     def disturb() -> None:
-        try:
-            until(lambda: committed(tmp_path) and len(steps(tmp_path)) % 20 > 4)
-            nodes[0].kill()
-            until(lambda: [world for world, _ in steps(tmp_path)][-4:] == [1] * 4)
-            nodes.append(Node(tmp_path, cpus))
-            until(lambda: [world for world, _ in steps(tmp_path)][-25:] == [2] * 25)
-            nodes[1].drain()
-            notice.append(steps(tmp_path)[-1][1])
-            until(lambda: [world for world, _ in steps(tmp_path)][-4:] == [1] * 4)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: committed(tmp_path) and len(steps(tmp_path)) % 20 > 4)
+        nodes[0].kill()
+        until(lambda: worlds(tmp_path)[-4:] == [1] * 4)
+        nodes.append(Node(tmp_path, cpus))
+        until(lambda: worlds(tmp_path)[-25:] == [2] * 25)
+        notice.append(steps(tmp_path)[-1][-1])
+        nodes[1].drain()
+        until(lambda: worlds(tmp_path)[-4:] == [1] * 4)
 
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    try:
-        assert spread.train(trains, settings, record) == {}
-    finally:
-        thread.join()
-        for node in nodes:
-            node.kill()
-    attempts = [[at for _, at in group] for _, group in itertools.groupby(steps(tmp_path), lambda one: one[0])]
-    assert len(attempts) == 4, "two ranks, one when a node was lost, two when one came, one when that was taken away"
-    for attempt in attempts:
-        assert attempt == list(range(attempt[0], attempt[-1] + 1, BATCH))
-    whole, alone, grown, left = attempts
+    attempts = train(tmp_path, Cluster(workers=[1, 2], cpus=cpus), nodes, disturb)
+    whole, alone, grown, left = attempts  # two ranks; one when a node was lost; two; one when that is taken away
     saved = committed(tmp_path)
     assert alone[0] == max(at for at in saved if at <= whole[-1] + BATCH), "not from the last commit"
     assert grown[0] == alone[-1] + BATCH, "a step was lost, or taken twice, to grow"
     assert left[0] == grown[-1] + BATCH, "a step was lost, or taken twice, when a node was taken away"
     assert {grown[0], left[0], left[-1] + BATCH} <= set(saved)
     assert notice[0] < left[0] <= notice[0] + 100 * BATCH
-    said = [one.getMessage() for one in caplog.records if one.name.startswith("calotype.cluster")]
-    fails, fewer, room_again, goes_on, notice_said, goes_on_again, fewer_again, asked = said
+    fails, fewer, room_again, goes_on, taken_away, goes_on_again, fewer_again, asked = messages(caplog)
     assert "the node of rank" in fails
     assert "(a node is lost): failure 1 of this job" in fails
     assert fewer == fewer_again == "starts with 1 of cluster.workers=[1, 2]: there is no room for more"
     assert room_again.startswith("there has been room for 1 more rank")
-    assert f"node {nodes[1].id[:12]}, with rank" in notice_said
-    assert "is taken away in " in notice_said
+    assert f"node {nodes[1].id[:12]}, with rank" in taken_away
+    assert "is taken away in " in taken_away
     assert goes_on == goes_on_again
     assert asked.startswith("asked to stop")
+
+
+def test_a_training_of_a_fixed_size_waits_for_a_node_in_place_of_one_that_is_taken_away(
+    cpus: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [Node(tmp_path, cpus)]
+
+    def disturb() -> None:
+        until(lambda: len(steps(tmp_path)) > 4)
+        nodes[0].drain()
+        until(lambda: len(messages(caplog)) == 2)
+        nodes.append(Node(tmp_path, cpus))
+        until(lambda: len({attempt for attempt, *_ in steps(tmp_path)}) == 2)
+
+    first, second = train(tmp_path, Cluster(workers=2, cpus=cpus), nodes, disturb)
+    assert second[0] == first[-1] + BATCH
+    assert set(worlds(tmp_path)) == {2}
+    assert "failure" not in " ".join(messages(caplog))
