@@ -49,7 +49,11 @@ class Node:
         env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         with (folder / f"node-{len(before)}.log").open("wb") as said:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said)
-        self.id = until(lambda: next(iter({node["NodeID"] for node in ray.nodes() if node["Alive"]} - before), ""), 60)
+        try:
+            self.id = until(lambda: next(iter({one["NodeID"] for one in ray.nodes() if one["Alive"]} - before), ""), 60)
+        except AssertionError:
+            self.kill()
+            raise
 
     def drain(self) -> None:
         """As a pod does that must go, but for the number of its node: here all nodes have one address."""
@@ -70,6 +74,13 @@ class Node:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def leave(self) -> None:
+        """In order: Ray would try a node that was killed for another quarter of a minute."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        self.kill()
+
 
 def until(found: Callable[[], Any], seconds: float = 120.0) -> Any:
     end = time.monotonic() + seconds
@@ -87,6 +98,7 @@ def cpus(stack: Any) -> Iterator[int]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     spread._connect(Cluster())
     yield int(ray.cluster_resources()["CPU"])
+    until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
     ray.shutdown()
 
 
@@ -159,7 +171,7 @@ def train(folder: Path, cluster: Cluster, nodes: list[Node], disturb: Callable[[
     finally:
         thread.join()
         for node in nodes:
-            node.kill()
+            node.leave()
     found = [[at for *_, at in group] for _, group in itertools.groupby(steps(folder), lambda one: one[:2])]
     for attempt in found:
         assert attempt == list(range(attempt[0], attempt[-1] + 1, BATCH))
