@@ -235,3 +235,14 @@ def test_a_training_of_a_fixed_size_waits_for_a_node_in_place_of_one_that_is_tak
     assert second[0] == first[-1] + BATCH
     assert set(worlds(tmp_path)) == {2}
     assert "failure" not in " ".join(messages(caplog))
+
+
+def test_there_is_no_room_on_nodes_that_leave_or_are_gone(cpus: int, tmp_path: Path) -> None:
+    node, ranks = Node(tmp_path, cpus), Cluster(workers=[1, 2], cpus=cpus)
+    until(lambda: room.rooms(ranks, ()) == 2)
+    assert room.rooms(ranks, {node.id}) == 1
+    node.kill()
+    import ray
+
+    assert {one["NodeID"]: one["Alive"] for one in ray.nodes()}[node.id], "Ray knows it already: this shows nothing"
+    assert room.rooms(ranks, ()) == 1
