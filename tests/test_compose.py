@@ -148,7 +148,13 @@ REFUSED = [
     ("train.spike=0.9", "train.spike=0.9 would skip usual steps: use 0 (none) or more than 1"),
     ("train.bad_steps=-1", "train.bad_steps=-1 is out of range"),
     ("cluster.hang_seconds=-1", "cluster.hang_seconds=-1"),
-    ("cluster.min_workers=2", "cluster.min_workers=2 must be 0 (all) to cluster.workers=1"),
+    ("cluster.workers=[2]", "cluster.workers=[2] must be one number, or [LEAST,MOST]"),
+    ("cluster.workers=[3,2]", "cluster.workers=[3, 2] must be one number, or [LEAST,MOST]"),
+    ("cluster.workers=[0,2]", "cluster.workers=[0, 2] is out of range"),
+    ("cluster.workers=[1,257]", "cluster.workers=[1, 257] is more than train.batch=256"),
+    ("cluster.workers=many", "cluster.workers='many' must be a whole number"),
+    ("cluster.workers=[1,many]", "cluster.workers='many' must be a whole number"),
+    ("cluster.workers=null", "cluster.workers=None must be a whole number"),
     ("engine.precision=bf-16", "engine.precision='bf-16' is not known: choose one of fp32"),
     ("engine.stage=4", "engine.stage=4 is not known"),
     ("cluster.price=-1", "cluster.price=-1.0 is out of range"),
@@ -221,6 +227,15 @@ def test_refusals_are_one_sentence_that_names_the_setting(override: str, sentenc
         assert jargon not in text
 
 
+def test_workers_are_a_number_or_a_range_for_trainings() -> None:
+    for given, least, most in (("3", 3, 3), ("[2,8]", 2, 8)):
+        cluster = compose("train_denoiser", *LEAST["train_denoiser"], f"cluster.workers={given}").cluster
+        assert (cluster.least, cluster.most) == (least, most)
+        assert build(type(cluster), as_data(cluster)) == cluster
+    with pytest.raises(ConfigError, match=r"^cluster\.workers=\[1, 4\] is for trainings: with cluster\.workers=4 this"):
+        compose("prepare", "cluster.workers=[1,4]")
+
+
 def test_f_must_match_the_autoencoder() -> None:
     with pytest.raises(
         ConfigError, match=r"^autoencoder\.f=8 but 3 autoencoder\.model\.block_out_channels downsample by 4"
@@ -246,10 +261,10 @@ def test_no_refusal_leaves_the_next_compose_changed() -> None:
     ("change", "sentence"),
     [
         ({"sed": 1}, "sed is not a setting: did you mean seed?"),
-        ({"optim": {"lr": "1e-4"}}, "optim.lr='1e-4' must be float"),
+        ({"optim": {"lr": "1e-4"}}, "optim.lr='1e-4' must be a number"),
         ({"optim": {"betas": [0.9]}}, "optim.betas=[0.9] must have 2 values"),
         ({"optim": 5}, "optim must be a group of settings"),
-        ({"seed": True}, "seed=True must be int"),
+        ({"seed": True}, "seed=True must be a whole number"),
     ],
 )
 def test_data_from_elsewhere_is_checked_as_well(change: dict[str, Any], sentence: str) -> None:
@@ -337,6 +352,7 @@ def test_identity_is_what_changes_the_computation(job: str) -> None:
     ("override", "same"),
     [
         ("cluster.workers=7", True),
+        ("cluster.workers=[1,7]", True),
         ("engine=zero3", True),
         ("engine=torch", True),
         ("engine.micro_batch=4", True),

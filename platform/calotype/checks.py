@@ -10,6 +10,7 @@ from calotype.config import (
     EMA,
     Autoencoder,
     CacheLatents,
+    Cluster,
     Condition,
     Diffusion,
     Encoding,
@@ -117,8 +118,10 @@ def check(config: Any) -> None:
                 raise ConfigError(f"{name}={value!r} is not known: choose one of {', '.join(map(str, allowed))}")
     for setting, (low, high) in RANGES.items():
         for name, value in _values(config, setting):
-            if not low <= value <= high:
+            if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
                 raise ConfigError(f"{name}={value} is out of range: {low:g} to {high:g}")
+    if hasattr(config, "cluster"):
+        _check_workers(config.cluster, isinstance(config, TrainAutoencoder | TrainDenoiser))
     for name, group in vars(config).items():
         check_targets(vars(group) if hasattr(group, "__dict__") else group, name)
     if isinstance(config, TrainAutoencoder):
@@ -148,16 +151,6 @@ def check(config: Any) -> None:
         _check_averages(config.ema)
     if isinstance(config, TrainAutoencoder | TrainDenoiser):
         _check_train(config)
-    if hasattr(config, "cluster") and not 0 <= config.cluster.min_workers <= config.cluster.workers:
-        raise ConfigError(
-            f"cluster.min_workers={config.cluster.min_workers} must be 0 (all) to "
-            f"cluster.workers={config.cluster.workers}"
-        )
-    if hasattr(config, "cluster") and config.cluster.kind == "local" and config.cluster.workers != 1:
-        raise ConfigError(
-            f"cluster.workers={config.cluster.workers} with cluster=local, which is one process: "
-            "set cluster.workers=1 or cluster=ray"
-        )
 
 
 def check_targets(node: Any, where: str) -> None:
@@ -303,13 +296,28 @@ def _check_averages(ema: EMA) -> None:
         )
 
 
+def _check_workers(cluster: Cluster, training: bool) -> None:
+    given = cluster.workers
+    if isinstance(given, list) and (len(given) != 2 or given[0] >= given[1]):
+        raise ConfigError(f"cluster.workers={given} must be one number, or [LEAST,MOST] such as [2,8]")
+    if isinstance(given, list) and not training:
+        raise ConfigError(
+            f"cluster.workers={given} is for trainings: with cluster.workers={given[1]} this job goes on with those "
+            "that there is room for"
+        )
+    if cluster.kind == "local" and given != 1:
+        raise ConfigError(
+            f"cluster.workers={given} with cluster=local, which is one process: set cluster.workers=1 or cluster=ray"
+        )
+
+
 def _check_train(config: TrainAutoencoder | TrainDenoiser) -> None:
     train, cluster = config.train, config.cluster
     if not 0 <= train.lanes <= train.batch:
         raise ConfigError(f"train.lanes={train.lanes} must be 0 to train.batch={train.batch}: lanes share its slots")
     if 0 < train.spike <= 1:
         raise ConfigError(f"train.spike={train.spike} would skip usual steps: use 0 (none) or more than 1, such as 5")
-    if cluster.workers > train.batch:
+    if cluster.most > train.batch:
         raise ConfigError(
             f"cluster.workers={cluster.workers} is more than train.batch={train.batch}: "
             "every worker needs an image of each batch"

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 IDENTITY_VERSION = 1
 VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn", "--config-dir", "-cd")
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}  # of types, to a user
 HERE = Path(__file__).resolve().parent
 
 
@@ -195,6 +196,8 @@ def _mutable(cls: Any, seen: dict[Any, Any] = {}) -> Any:  # noqa: B006 (a cache
     """The same dataclass without `frozen`: OmegaConf makes frozen ones read-only, even to overrides."""
     if not dataclasses.is_dataclass(cls):
         origin, args = typing.get_origin(cls), typing.get_args(cls)
+        if origin is types.UnionType:
+            return Any  # OmegaConf knows no union with a list: `_build` checks it
         return origin[tuple(_mutable(a) for a in args)] if origin is dict else cls
     if cls not in seen:
         fields: list[Any] = []
@@ -239,11 +242,11 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin is list:
         return [_build(args[0], item, where) for item in value]
     if origin is types.UnionType:
-        return value
+        return _build(next((a for a in args if isinstance(value, typing.get_origin(a) or a)), args[0]), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is not Any and not (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
-        raise ConfigError(f"{where}={value!r} must be {hint.__name__}")
+        raise ConfigError(f"{where}={value!r} must be {NAMES.get(hint, hint.__name__)}")
     return value
 
 

@@ -91,9 +91,7 @@ class Accept:
 
     samples: int = setting(2, "of each shard, decoded and compared with their images", identity=False)
     psnr: float = setting(
-        -1.0,
-        "dB they must reach on average; -1: its own run's less 3, or 12 for weights of no run",
-        identity=False,
+        -1.0, "dB they must reach on average; -1: its own run's less 3, or 12 for weights of no run", identity=False
     )
     psnr_loss: float = setting(1.0, "dB that storing may cost on average, against encoding anew", identity=False)
     collapsed: float = setting(0.5, "share of latent channels that may say nothing of the image", identity=False)
@@ -251,20 +249,23 @@ class Cluster:
     """Where a task's body runs."""
 
     kind: str = setting("ray", "ray | local (in this process, one worker)", identity=False)
-    workers: int = setting(1, "workers (ranks of training, actors of prepare and cache)", identity=False)
-    min_workers: int = setting(
-        0, "training: starts with what there is room for, at least so many of `workers`; 0: all", identity=False
+    workers: int | list[int] = setting(
+        1, "of training, prepare and cache; training: [LEAST,MOST] takes what there is room for", identity=False
     )
     cpus: int = setting(1, "CPUs per worker, also its compute threads", identity=False)
     gpus: float = setting(0.0, "GPUs per worker; fractions share one between actors", identity=False)
-    memory_gb: float = setting(
-        0.0, "GB of a worker's GPU: what does not fit is refused on submit; 0: not known", identity=False
-    )
+    memory_gb: float = setting(0.0, "GB of a worker's GPU: what does not fit is refused; 0: not known", identity=False)
     peak_tflops: float = setting(0.0, "dense peak of a worker, for its MFU; 0: as the data sheet says", identity=False)
     price: float = setting(0.0, "of one worker for an hour: the run says its cost; 0: not known", identity=False)
-    hang_seconds: float = setting(
-        180.0, "training: ranks of which none takes a step for so long are killed and go on; 0: never", identity=False
-    )
+    hang_seconds: float = setting(180.0, "training: start again after so long without a step; 0: never", identity=False)
+
+    @property
+    def least(self) -> int:  # without which a training waits
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:  # that a job asks for
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _train_denoiser(config: TrainDenoiser, args: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(found), indent=1))
         return
     _show_training(found, resolved)
-    _show_memory(found)
+    _show_memory(found, resolved.cluster.least)
     advised = " ".join(found.advice) or "none, not even one image: use more workers or a smaller denoiser"
     print(f"\nof {console.size(found.memory)} per worker, less a tenth, the smallest stage that fits: {advised}")
 
@@ -115,7 +115,7 @@ def _show_training(found: Any, config: TrainDenoiser) -> None:
     console.table(f"plan: train_denoiser {config.name}", ["what", "value"], rows)
 
 
-def _show_memory(found: Any) -> None:
+def _show_memory(found: Any, workers: int) -> None:
     columns = ["engine", "activations", "weights", "gradients", "moments", "EMA", "buffers", "per image", "micro-batch"]
     columns += ["in host memory"] * any(one.memory.host for one in found.options)
     rows = []
@@ -126,7 +126,7 @@ def _show_memory(found: Any) -> None:
         row = [name, how, *(console.size(part) for part in parts), one.micro_batch or "none"]
         rows.append(row + [console.size(held.host) if held.host else "-"] * (len(columns) - len(row)))
     print()
-    console.table(f"memory of one of {console.many(found.workers, 'worker')}", columns, rows)
+    console.table(f"memory of one of {console.many(workers, 'worker')}", columns, rows)
 
 
 def _show(found: Any, config: CacheLatents, priced: bool) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import ranks, spread
+from calotype.cluster import room, spread, watch
 from calotype.config import Cluster, Data, Prepare
 from calotype.environment import Worker
+from calotype.errors import CalotypeError
 from calotype.runs import Record
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -89,7 +90,7 @@ def test_it_starts_with_what_there_is_and_grows_back(
     import ray
 
     spread._connect(Cluster())
-    monkeypatch.setattr(ranks, "SETTLE", 2.0)
+    monkeypatch.setattr(room, "SETTLE", 2.0)
     total = int(ray.cluster_resources()["CPU"])
     full = ray.remote(threading.Event).options(num_cpus=total - total // 2).remote()
     ray.get(full.is_set.remote())
@@ -106,8 +107,52 @@ def test_it_starts_with_what_there_is_and_grows_back(
     thread.start()
     settings = Prepare(
         name=str(tmp_path), data=Data(name="d"), root="nowhere",
-        cluster=Cluster(workers=2, min_workers=1, cpus=total // 2),
+        cluster=Cluster(workers=[1, 2], cpus=total // 2),
     )  # fmt: skip
     assert spread.train(grows, settings, RECORD) == {"world": 2}
     thread.join()
-    assert any("starts with 1 of cluster.workers=2" in one.getMessage() for one in caplog.records)
+    assert any("starts with 1 of cluster.workers=[1, 2]" in one.getMessage() for one in caplog.records)
+
+
+@pytest.fixture
+def small() -> Iterator[Path]:
+    """A cgroup below this process's own, whose members have 64 MB."""
+    own = {
+        kind: path for _, kind, path in (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().split())
+    }
+    top, limit = ("memory", "memory.limit_in_bytes") if "memory" in own else ("", "memory.max")
+    made = Path(f"/sys/fs/cgroup/{top}/{own.get(top, '')}/calotype-{os.getpid()}")
+    try:
+        made.mkdir()
+        (made / limit).write_text(str(2**26))
+    except OSError as error:
+        if made.exists():
+            made.rmdir()
+        pytest.skip(f"no cgroup with a limit can be made here: {error}")
+    yield made
+    while True:
+        try:
+            made.rmdir()
+            return
+        except OSError:  # the one that was killed is still being taken apart
+            time.sleep(0.1)
+
+
+def hungry(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
+    """Goes on from 64 images; the third step takes more memory than there is."""
+    for images in range(64, 1024, 32):
+        worker.beat("starts" if images == 64 else "steps", images)
+        if images == 128:
+            time.sleep(2 * watch.BEAT)
+            Path(config.name, "cgroup.procs").write_text(str(os.getpid()))
+            assert b"x" * 2**29
+    return {}
+
+
+def test_a_rank_that_the_kernel_ends_for_want_of_memory_is_told_from_one_that_dies(
+    cluster: None, small: Path, tmp_path: Path
+) -> None:
+    settings = Prepare(name=str(small), data=Data(name="d"), root="nowhere", cluster=Cluster())
+    record = Record("prepare", "0" * 32, "x", str(tmp_path), str(tmp_path))
+    with pytest.raises(CalotypeError, match=r"2 times at 128 images.*no memory left where rank 0 ran: lower engine\.m"):
+        spread.train(hungry, settings, record)

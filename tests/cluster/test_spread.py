@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import failures, spread, units, watch, workers
+from calotype.cluster import failures, nodes, spread, units, watch, workers
 from calotype.config import Cluster, Data, Prepare
 from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError, DataError, Unreachable
@@ -376,6 +376,28 @@ def test_the_cause_is_told_from_what_its_neighbours_raise() -> None:
         assert why in found[1]
     assert failures.failure_of(ControllerError(WorkerGroupStartupTimeoutError(2)))[0] == "no worker starts"
     assert failures.failure_of(ActorDiedError())[0] == "a worker died"  # the controller
+
+
+def test_nodes_tell_why_a_rank_died(cluster: None) -> None:
+    import ray
+
+    spread._connect(Cluster())
+    here, kills = ray.get_runtime_context().get_node_id(), nodes.kernel_kills()
+    assert ("oom_kill" in Path("/proc/vmstat").read_text()) or not kills
+
+    def told(kind: str = "a worker died", node: str = here, phase: str = watch.STEP, before: int = kills) -> Any:
+        signs = [
+            watch.Sign(0, node, 1, 1, 1, phase, 0, 64, before),
+            watch.Sign(1, here, 2, 1, 1, "steps", 0, 64, kills),
+        ]
+        return failures.looked_into(kind, "it died", signs)
+
+    assert told() == ("a worker died", "it died")
+    assert told(before=kills - 1) == ("out of memory", "the kernel had no memory left where rank 0 ran")
+    assert told(before=kills - 1, phase=watch.DONE)[0] == "a worker died"  # it ended by itself: another one was killed
+    assert told(before=kills - 1, kind="hung")[0] == "hung"
+    assert told(node="0" * 56) == ("a node is lost", "the node of rank 0 is gone")
+    assert told(node="0" * 56, kind="a store does not answer")[0] == "a store does not answer"
 
 
 def test_what_is_final_and_what_is_not() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from calotype.cluster.nodes import kills_by_node, lost
+from calotype.cluster.watch import DONE, Sign, ranks_of
 from calotype.errors import CalotypeError, Unreachable
 
 # Kinds of failures -> how often the same may happen at the same images, with None for ever: the world's fault heals.
@@ -18,6 +21,7 @@ KINDS: dict[str, int | None] = {
     "a worker died": 5,
     "an error": 5,
 }
+DOUBTFUL = ("hung", "a worker died", "an error")  # what may come of a node: it is asked
 FIRST, MOST = 1.0, 60.0  # seconds of backoff: doubled while nothing gets better
 MEMORY = ("out of memory", "can't allocate memory", "low on memory", "OUT_OF_MEMORY")
 
@@ -116,6 +120,23 @@ def failure_of(error: BaseException) -> tuple[str, str]:
     # The neighbours of a rank that died raise what they like: the first of KINDS is the cause.
     kind = next(kind for kind in KINDS if kind in found)
     return kind, found[kind]
+
+
+def looked_into(kind: str, why: str, signs: Collection[Sign]) -> tuple[str, str]:
+    """The same, or what the nodes of those ranks say of it: one is gone, or the kernel had no memory left for a rank.
+
+    Args:
+        signs: the last ones of all ranks.
+    """
+    with contextlib.suppress(Exception):  # a head that is busy for a moment: Ray's word stands
+        if kind in DOUBTFUL and (gone := lost({sign.node for sign in signs})):
+            return "a node is lost", f"the node of {ranks_of(sign for sign in signs if sign.node in gone)} is gone"
+        if kind in DOUBTFUL and kind != "hung":
+            silent = [sign for sign in signs if sign.phase != DONE]  # what failed by itself says so at its end
+            kills = kills_by_node({sign.node for sign in silent})
+            if short := [sign for sign in silent if kills.get(sign.node, 0) > sign.kills]:
+                return "out of memory", f"the kernel had no memory left where {ranks_of(short)} ran"
+    return kind, why
 
 
 def _same_place(one: Failure, other: Failure) -> bool:

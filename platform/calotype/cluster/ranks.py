@@ -1,11 +1,13 @@
 """Ranks that form one training, started again as often as it takes: each attempt goes on from the last commit.
 
 The driver watches them (watch.py) and decides what a failure means (failures.py); Ray Train starts one attempt and
-says how it ended.  SIGTERM and `calotype cancel` end a wait between two attempts at once.
+says how it ended.  SIGTERM and `calotype cancel` have the ranks save and end, or end a wait between two attempts at
+once.  So does a cluster in which other ranks should start in their place (room.py): that is no failure.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,7 +19,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from calotype.cluster.failures import Failure, Streak, failure_of
+from calotype.cluster.failures import Failure, Streak, failure_of, looked_into
+from calotype.cluster.room import Change, room_for
 from calotype.cluster.watch import Watch, end_hung
 from calotype.cluster.workers import POLL, Body, forget, get, put, run_rank, unpacked
 from calotype.config import Cluster, Job
@@ -27,7 +30,6 @@ from calotype.runs import Record
 log = logging.getLogger(__name__)
 
 ENDING = 60.0  # seconds that the other ranks have to end after a final error
-SETTLE = 20.0  # seconds in which workers of an attempt before are gone, or a cluster has grown
 # Ray Train looks at its workers every 2 s by default (every 0.1 s would be felt in the step time of two slow cores);
 # and parts of it that nothing here uses would each start a process.
 TRAIN_ENVIRONMENT = {
@@ -49,11 +51,15 @@ def run(body: Body, config: Job, record: Record, asked: threading.Event) -> dict
     key, streak = secrets.token_hex(8), Streak()
     payload = {"body": body, "config": config, "record": record, "key": key}
     try:
-        while True:
-            workers = room_for(config.cluster, asked)
-            ended = _attempt({**payload, "workers": workers, "attempt": streak.total + 1}, asked) if workers else {}
+        for attempt in itertools.count(1):
+            if not (workers := room_for(config.cluster, asked)):
+                break
+            ended = _attempt({**payload, "workers": workers, "attempt": attempt}, asked)
+            if ended is None and not asked.is_set():
+                log.warning("goes on from where the ranks have ended, with those that there is room for")
+                continue
             if not isinstance(ended, Failure):
-                return ended
+                return ended or {}
             if asked.is_set():  # it had its chance to save: what was committed before stands
                 log.warning("%s while it was being stopped", ended.why)
                 return {}
@@ -66,23 +72,27 @@ def run(body: Body, config: Job, record: Record, asked: threading.Event) -> dict
                 ended.why, ended.where(), ended.kind, streak.total, delay,
             )  # fmt: skip
             if asked.wait(delay):
-                return {}
+                break
+        return {}
     finally:
         forget(f"{key}:")
 
 
-def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] | Failure:
-    """Start the ranks once and see how they end."""
+def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] | Failure | None:
+    """Start the ranks once and see how they end; None: they saved because others should start in their place."""
     key, cluster = payload["key"], payload["config"].cluster
+    attempt = f"{key}:{payload['attempt']}"
     done: dict[str, Any] = {}
-    watch = Watch(lambda rank: get(f"{key}:{payload['attempt']}:{rank}"), payload["workers"], cluster.hang_seconds)
-    hung = ""
+    watch = Watch(lambda rank: get(f"{attempt}:{rank}"), payload["workers"], cluster.hang_seconds)
+    change = Change(cluster, payload["workers"])
+    hung = ending = ""
     fit = threading.Thread(target=_fit, args=(payload, done), name="fit", daemon=True)
     fit.start()
     while fit.is_alive():
         fit.join(POLL)
-        if asked.is_set() and not get(f"{key}:stop"):
-            put(f"{key}:stop", b"1")
+        if not ending and (ending := "asked to stop" if asked.is_set() else change.look(watch.signs.values())):
+            log.warning("%s: all ranks save and end", ending)
+            put(f"{attempt}:stop", b"1")
         if error := get(f"{key}:error"):
             fit.join(ENDING)  # ranks that wait for the failed one end themselves
             raise unpacked(error)
@@ -92,38 +102,10 @@ def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] 
     if error := get(f"{key}:error"):
         raise unpacked(error)
     if "error" not in done:
-        return dict(done["result"] or {})
+        return dict(done["result"] or {}) or (None if ending else {})
     watch.look(last=True)
-    kind, why = ("hung", hung) if hung else failure_of(done["error"])
+    kind, why = looked_into(*(("hung", hung) if hung else failure_of(done["error"])), watch.signs.values())
     return Failure(kind, why, watch.began, watch.low, watch.low + watch.pace)
-
-
-def room_for(cluster: Cluster, asked: threading.Event) -> int:
-    """How many ranks to start: all, or after SETTLE seconds those that there is room for, at least cluster.min_workers;
-    0 if it was asked to stop meanwhile.
-    """
-    if not cluster.min_workers:
-        return cluster.workers  # Ray Train waits for the room
-    began, told = time.monotonic(), False
-    while not asked.wait(POLL):
-        if (room := min(_rooms(cluster), cluster.workers)) == cluster.workers:
-            return room
-        if time.monotonic() - began > SETTLE and room >= cluster.min_workers:
-            log.warning("starts with %d of cluster.workers=%d: there is no room for more", room, cluster.workers)
-            return room
-        if time.monotonic() - began > SETTLE and not told:
-            told = True
-            log.warning("waits: there is room for %d of cluster.min_workers=%d", room, cluster.min_workers)
-    return 0
-
-
-def _rooms(cluster: Cluster) -> int:
-    """How many ranks there is room for now; a rank does not stretch over nodes."""
-    from ray._private.state import available_resources_per_node
-
-    needs = {"CPU": float(cluster.cpus)} | ({"GPU": cluster.gpus} if cluster.gpus else {})
-    nodes = available_resources_per_node().values()
-    return sum(min(int(free.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for free in nodes)
 
 
 def _evidence(record: Record, streak: Streak) -> str:

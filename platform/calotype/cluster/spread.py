@@ -74,7 +74,7 @@ def map(
 
     _connect(config.cluster)
     _check_room(config.cluster, 1)
-    count = min(config.cluster.workers, len(units))
+    count = min(config.cluster.most, len(units))
     actor = ray.remote(Units).options(**_resources(config.cluster), runtime_env={"env_vars": KEPT_MEMORY})
     actors = Actors(lambda rank: actor.remote(make, config, rank, count, group), count, config.cluster, RETRIES)
 
@@ -148,8 +148,8 @@ def one(body: Body, config: Job, record: Record) -> dict[str, Any]:
 def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
     """Run `body(config, worker, record)` on cluster.workers ranks that form one torch process group; rank 0's result.
 
-    With cluster.min_workers each attempt starts with the ranks that there is room for: fewer when a node was lost, all
-    again when there is one.  The order of samples does not depend on how many they are.
+    With cluster.workers=[LEAST,MOST] it starts with the ranks that there is room for: fewer when a node was lost, more
+    when there is room again (room.py).  The order of samples does not depend on how many they are.
     `worker.stop()` may turn true at different steps on different ranks: the body agrees on one before it acts.
     """
     if config.cluster.kind == "local":
@@ -157,7 +157,7 @@ def train(body: Body, config: Job, record: Record) -> dict[str, Any]:
             return body(config, worker_here(config.cluster, asked.is_set), record)
 
     _connect(config.cluster)
-    _check_room(config.cluster, config.cluster.min_workers or config.cluster.workers)
+    _check_room(config.cluster, config.cluster.least)
     with _stopped_by_signal() as asked:
         return ranks.run(body, config, record, asked)
 

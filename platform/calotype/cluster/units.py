@@ -199,5 +199,5 @@ class Actors:
             log.warning(
                 "no worker has started for %.0f s: no machine has room yet for one of cluster.workers=%d with "
                 "cluster.cpus=%d and cluster.gpus=%g; waits for it",
-                *(PLACED, each.workers, each.cpus, each.gpus),
+                *(PLACED, each.most, each.cpus, each.gpus),
             )

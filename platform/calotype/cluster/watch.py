@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ class Sign:
     Attributes:
         ticks: of the thread that sends it.
         count, phase, began, images: of the loop; images, and those that it began at, are -1 before it runs.
+        kills: processes of its machine that the kernel has ended for want of memory so far (nodes.py).
     """
 
     rank: int
@@ -61,6 +62,7 @@ class Sign:
     phase: str
     began: int
     images: int
+    kills: int = 0
 
     def packed(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -133,6 +135,12 @@ class Watch:
             f"{self._mute[rank]:.0f} s ago"
             for rank, sign in sorted(self.signs.items())
         )
+
+
+def ranks_of(signs: Iterable[Sign]) -> str:
+    """In words."""
+    ranks = sorted(sign.rank for sign in signs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def end_hung(signs: Sequence[Sign]) -> None:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from calotype.cluster.nodes import kernel_kills
 from calotype.cluster.watch import BEAT, DONE, Pulse, Sign
 from calotype.config import Cluster, Job
 from calotype.environment import Worker
@@ -64,7 +65,7 @@ def run_rank(payload: dict[str, Any]) -> dict[str, Any] | None:
     faulthandler.register(signal.SIGUSR1, 2)  # its stacks into its log: see watch.py
     rank, key, pulse = ray.train.get_context().get_world_rank(), payload["key"], Pulse()
     try:
-        with _heard(key, f"{key}:{payload['attempt']}:{rank}", rank, pulse) as asked:
+        with _heard(key, f"{key}:{payload['attempt']}", rank, pulse) as asked:
             return _in_group(payload, pulse, asked)
     except BaseException as error:
         if isinstance(error, (CalotypeError, *BUGS)) and not isinstance(error, Unreachable):
@@ -106,8 +107,8 @@ def _in_group(payload: dict[str, Any], pulse: Pulse, asked: threading.Event) -> 
 
 
 @contextlib.contextmanager
-def _heard(key: str, name: str, rank: int, pulse: Pulse) -> Iterator[threading.Event]:
-    """Tell the driver how far this rank is, and follow the cluster's flag: an event that is set when it asks to stop.
+def _heard(key: str, attempt: str, rank: int, pulse: Pulse) -> Iterator[threading.Event]:
+    """Tell the driver how far this rank is, and follow its flag: an event that is set when this attempt is to end.
 
     Both in a thread, so that they cost a step nothing.  A final error of another rank ends this process: it may wait
     in a collective for the one that failed.
@@ -119,8 +120,8 @@ def _heard(key: str, name: str, rank: int, pulse: Pulse) -> Iterator[threading.E
 
     def tell(ticks: int, phase: str) -> None:
         with contextlib.suppress(Exception):  # a head that is busy for a moment
-            sign = Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.began, pulse.images)
-            put(name, sign.packed())
+            sign = Sign(rank, node, os.getpid(), ticks, pulse.count, phase, pulse.began, pulse.images, kernel_kills())
+            put(f"{attempt}:{rank}", sign.packed())
 
     def follow() -> None:
         ticks = 0
@@ -131,7 +132,7 @@ def _heard(key: str, name: str, rank: int, pulse: Pulse) -> Iterator[threading.E
                 return
             ticks += 1
             with contextlib.suppress(Exception):
-                if get(f"{key}:stop"):
+                if get(f"{attempt}:stop"):
                     asked.set()
                 if get(f"{key}:error") and not over.is_set():
                     os._exit(1)

@@ -53,9 +53,9 @@ def check(config: TrainAutoencoder | TrainDenoiser, dataset: Dataset) -> None:
     Raises:
         ConfigError: on submit already, what a worker could not hold in memory, or an order that cannot be.
     """
-    world = min(config.cluster.workers, config.train.batch)
-    for rank in {0, world // 2, world - 1}:  # their shares differ by a sample
-        stream(config, dataset, Worker(rank=rank, world=world))
+    for world in {min(workers, config.train.batch) for workers in (config.cluster.least, config.cluster.most)}:
+        for rank in {0, world // 2, world - 1}:  # their shares differ by a sample
+            stream(config, dataset, Worker(rank=rank, world=world))
 
 
 def source_of(data: Data, root: str, store: Store, manifest: Manifest) -> Callable[[str], Dataset]:

@@ -76,7 +76,7 @@ def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: flo
             f"cluster.gpus={config.cluster.gpus:g} and this machine has no GPU: say --memory (GB of a worker's GPU)"
         )
     shape = checks.latent_shape(config.autoencoder, config.encoding.resolution)
-    train, world = config.train, config.cluster.workers
+    train, world = config.train, config.cluster.most
     needs = measured(config, False, True)
     found = options(config, needs, memory)
     plain = next(one for one in found if one.checkpoint_activations == config.engine.checkpoint_activations)
@@ -172,7 +172,7 @@ def here(config: TrainDenoiser) -> tuple[Worker | None, int]:
     import torch
 
     if not config.cluster.gpus:
-        return Worker(threads=config.cluster.cpus), int(psutil.virtual_memory().total / config.cluster.workers)
+        return Worker(threads=config.cluster.cpus), int(psutil.virtual_memory().total / config.cluster.most)
     if not torch.cuda.is_available():
         return None, 0
     worker = Worker(device="cuda:0", threads=config.cluster.cpus)

@@ -70,18 +70,18 @@ def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: flo
     how = replace(config, encoding=replace(config.encoding, compile=False)) if rate else config
     measured, share, size = _timed(how, worker, list(islice(shards.iterate(store, rows), many)))
     chosen = rate or measured
-    hours = images / chosen / config.cluster.workers / 3600
+    hours = images / chosen / config.cluster.most / 3600
     return Forecast(
         samples=samples,
         images=images,
         rate=round(chosen, 2),
         timed=not rate,
-        workers=config.cluster.workers,
+        workers=config.cluster.most,
         hours=hours,
         bytes=round(size * samples),
         bytes_per_sample=round(size, 1),
         price=price,
-        cost=hours * config.cluster.workers * price,
+        cost=hours * config.cluster.most * price,
         epochs=None if rate else round(images / samples / share, 2),
     )
 
@@ -126,13 +126,13 @@ def compared(config: CacheLatents, figures: dict[str, Any], seconds: float) -> d
     expected = json.loads(data)
     if not figures["samples_encoded"]:
         return {}
-    share = figures["samples_encoded"] / max(expected["images"], 1) * expected["workers"] / config.cluster.workers
+    share = figures["samples_encoded"] / max(expected["images"], 1) * expected["workers"] / config.cluster.most
     made = {
         "predicted_hours": round(expected["hours"] * share, 4),
         "actual_hours": round(seconds / 3600, 4),
         "predicted_bytes": expected["bytes"],
     }
     if price := expected.get("price", 0.0):
-        costs = (hours * config.cluster.workers * price for hours in (expected["hours"] * share, seconds / 3600))
+        costs = (hours * config.cluster.most * price for hours in (expected["hours"] * share, seconds / 3600))
         made |= dict(zip(("predicted_cost", "actual_cost"), (round(cost, 4) for cost in costs)))
     return made

@@ -91,7 +91,7 @@ def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[O
     places = ("none", "cpu") if gpu or config.engine.offload == "cpu" else ("none",)  # else it is the same memory
     for offload, need in product(places, sorted(needs, key=lambda need: need.checkpoint_activations)):
         for kind, stage in STAGES if offload == "none" else STAGES[-3:]:
-            held = per_rank(need.parameters, config.cluster.workers, kind, stage, means, gpu, offload)
+            held = per_rank(need.parameters, config.cluster.least, kind, stage, means, gpu, offload)
             states = held.whole + need.once + (0 if gpu else held.host)
             made.append(
                 Option(
@@ -137,7 +137,7 @@ def chosen(config: TrainDenoiser, found: Sequence[Option]) -> Option:
 
 
 def share(config: TrainDenoiser) -> int:
-    return math.ceil(config.train.batch / config.cluster.workers)
+    return math.ceil(config.train.batch / config.cluster.least)
 
 
 def wanted(config: TrainDenoiser) -> int:
