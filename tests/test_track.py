@@ -23,6 +23,8 @@ from calotype.data.store import open_store
 from calotype.errors import CalotypeError, ConfigError
 from PIL import Image
 
+from tests.proxy import Faults, Proxy
+
 
 class Wire:
     """A TCP line to the server: `cut()` it, `mend()` it, or let answers get lost."""
@@ -80,6 +82,7 @@ def wire(stack: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     made = Wire(str(address.hostname), int(address.port or 80))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{made.port}")
     monkeypatch.setattr("calotype.outbox.PAUSE", 0.1)
+    monkeypatch.setattr(track, "SETTLE", 0.1)
     yield made
     made.cut()
     made._end(made.listener)
@@ -160,6 +163,37 @@ def test_an_answer_that_is_lost_makes_no_second_point(wire: Wire, settings: Any)
     tracker.finish()
     assert wire.lose_answers == 0
     assert history(record, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_errors_of_the_server_lose_and_repeat_nothing(
+    stack: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but 500 for a while; then 500, 503, and answers that are lost or cut short, here and there."""
+    monkeypatch.setattr("calotype.outbox.PAUSE", 0.0)
+    monkeypatch.setattr("calotype.outbox.PATIENCE", 0.1)
+    monkeypatch.setattr(track, "SETTLE", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0.1")
+    with Proxy(stack.env["MLFLOW_TRACKING_URI"]) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        record = begin(settings)
+        tracker = track.attach(settings, record)
+        tracker.log({"loss": 1.0, "lr": 0.1}, 1)
+        until(lambda: tracker.pending() == [])
+        proxy.faults(Faults(internal=1.0))
+        for step in range(2, 20):
+            tracker.log({"loss": 1 / step, "lr": 0.1}, step)
+        until(lambda: proxy.counts().faults["internal"] >= 3)
+        assert len(tracker.pending()) == 2 * 18
+        kinds = {"internal": 0.2, "slow_down": 0.1, "reset": 0.2, "short": 0.2}
+        proxy.faults(Faults(seed=1, **kinds))
+        for step in range(20, 60):
+            tracker.log({"loss": 1 / step, "lr": 0.1}, step)
+            time.sleep(0.05)
+        until(lambda: all(proxy.counts().faults[kind] for kind in kinds))
+        proxy.faults(Faults())
+        tracker.finish()
+        assert history(record, "loss") == [(step, 1 / step) for step in range(1, 60)]
+        assert history(record, "lr") == [(step, 0.1) for step in range(1, 60)]
 
 
 def test_what_could_not_be_delivered_waits_beside_the_artifacts(

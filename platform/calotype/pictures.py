@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from calotype.data.store import Store
+
+log = logging.getLogger(__name__)
 
 CELL = 96  # least edge of a picture in a grid, in pixels: small ones are enlarged without smoothing
 TEXT = 14  # height of a caption line, in pixels
@@ -83,3 +86,11 @@ def write_picture(store: Store, name: str, picture: Any, images: int) -> None:
     small.save(thumbnail, "WEBP")
     store.publish(f"{stem}.png", png(picture))
     store.publish(f"{stem}+compressed.webp", thumbnail.getvalue())
+
+
+def surely(what: str, write: Callable[[], Any]) -> None:
+    """A picture is not worth a run: what cannot be written is said, and the run goes on."""
+    try:
+        write()
+    except Exception as error:
+        log.error("%s was not written: %s", what, error)

@@ -21,7 +21,7 @@ from calotype.compose import as_data
 from calotype.data.store import Missing
 from calotype.errors import CalotypeError, ConfigError
 from calotype.outbox import Outbox, Point, as_point
-from calotype.pictures import write_picture
+from calotype.pictures import surely, write_picture
 from calotype.provenance import as_yaml, commit, parameters
 from calotype.runs import Record, driver_host
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two measurements of the machine
 WAIT = 60.0  # seconds at the end of an attempt for what has not been delivered
+SETTLE = 1.0  # seconds from a write of ours until those that waited for the same lock are done too
 PATIENCE = 30.0  # seconds that a server gets to open a new run
 
 
@@ -165,7 +166,7 @@ class MlflowTracker(Tracker):
         super().__init__(record)
         self._run = record.mlflow_run_id
         self._unsent = f"unsent/{role}.json"  # beside the artifacts: what could not be delivered in time
-        self._outbox = Outbox(_Server(self._run, self._left), pending)
+        self._outbox = Outbox(_Server(self._run, self._left, fence=role == "worker"), pending)
         self._painter = ThreadPoolExecutor(1, "pictures")
         self._drawn = False
         self._watching: threading.Thread | None = None
@@ -194,7 +195,7 @@ class MlflowTracker(Tracker):
 
         self._outbox.act(send)
         self.watch()
-        self._painter.submit(_surely, "config.yaml", lambda: self.record.artifacts.write("config.yaml", as_yaml(data)))
+        self._painter.submit(surely, "config.yaml", lambda: self.record.artifacts.write("config.yaml", as_yaml(data)))
 
     def log(self, metrics: Mapping[str, float], images: int) -> None:
         now = int(time.time() * 1000)
@@ -214,7 +215,7 @@ class MlflowTracker(Tracker):
 
     def picture(self, name: str, image: Any, images: int) -> None:
         copy = image.copy()
-        self._painter.submit(_surely, name, lambda: write_picture(self.record.artifacts, name, copy, images))
+        self._painter.submit(surely, name, lambda: write_picture(self.record.artifacts, name, copy, images))
         if not self._drawn:
             self._drawn = True
             self.tags({"mlflow.loggedImages": "True"})
@@ -272,9 +273,9 @@ class MlflowTracker(Tracker):
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
         if left := self._outbox.close(final, WAIT):
             log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
-            _surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
+            surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
         else:
-            _surely(self._unsent, lambda: self.record.artifacts.delete(self._unsent))
+            surely(self._unsent, lambda: self.record.artifacts.delete(self._unsent))
 
     def _left(self) -> list[Point]:
         with contextlib.suppress(Missing):
@@ -312,11 +313,15 @@ class _Server:
 
     run: str
     left: Callable[[], list[Point]]
+    fence: bool = False
 
     def connect(self) -> Any:
         return connect()
 
     def held(self, client: Any) -> tuple[float, dict[str, int], list[Point]]:
+        if self.fence:  # what a killed attempt had under way waits for a locked database, as this does; reading may not
+            client.set_tag(self.run, "calotype.attached", f"{socket.gethostname()} {os.getpid()} {time.time():.0f}")
+            time.sleep(SETTLE)
         run = client.get_run(self.run)
         return run.info.start_time / 1000, {m.key: m.step for m in run.data.to_proto().metrics}, self.left()
 
@@ -390,11 +395,3 @@ def _experiment(client: Any, config: Any) -> str:
 
 def _outputs(run: Any) -> list[Any]:
     return list(run.outputs.model_outputs) if run.outputs else []
-
-
-def _surely(what: str, write: Callable[[], Any]) -> None:
-    """A picture is not worth a run: what cannot be written is said, and the run goes on."""
-    try:
-        write()
-    except Exception as error:
-        log.error("%s was not written: %s", what, error)

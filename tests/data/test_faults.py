@@ -14,7 +14,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from calotype.data import Dataset, Reading, Sample, Stream, get
+from calotype.data import Dataset, Reading, Sample, Stream, get, s3
 from calotype.data.manifest import CACHE, Manifest, sidecar_key
 from calotype.data.npy import to_npy
 from calotype.data.shards import iterate, write_shard
@@ -179,6 +179,24 @@ def test_patience_ends(served: tuple[Dataset, list[str]], proxy: Proxy, monkeypa
     proxy.faults(Faults(only=r"\.tar$", slow_down=1.0))
     with pytest.raises(Unreachable, match=r"[012]\.tar cannot be read: for 1 s 503 SlowDown"):
         read(served[0])
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "internal"])
+def test_a_server_that_is_unwell_is_no_final_error(
+    served: tuple[Dataset, list[str]], proxy: Proxy, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Neither where it is read nor where it is written: what raises `Unreachable` is tried again."""
+    client = s3._client
+    monkeypatch.setattr(s3, "_client", lambda attempts=2: client(min(attempts, 2)))
+    proxy.faults(Faults(**{kind: 1.0}))
+    store = served[0].store
+    for act in (lambda: store.publish("a", b"a"), lambda: store.read("0.tar"), lambda: list(store.list())):
+        with pytest.raises(
+            Unreachable, match=r"/data\S* failed at every try .*: look at the server's log, and its disk"
+        ):
+            act()
+    proxy.faults(Faults())
+    assert not store.exists("a")
 
 
 @pytest.mark.parametrize("step", [16 * 512, pytest.param(512, marks=pytest.mark.chaos)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -464,8 +466,51 @@ def test_a_leftover_attempt_stops_without_a_commit(record: Record, notes: Notes)
     assert checkpoint.committed(record.artifacts) == [5 * BATCH]
 
 
-def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(record: Record, notes: Notes) -> None:
-    """No file may grow beyond a limit, as on a disk that is full."""
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, so small that it can be filled."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(record: Record, notes: Notes, disk: Path) -> None:
+    """Room for all but the last page of a checkpoint (its commit), of two pages, of three; for half; for nothing."""
+    made = settings(images=15 * BATCH, checkpoint_every=5 * BATCH)
+    whole = Record(record.job, "0" * 32, "x", record.root, record.artifact_root + "2")
+    loop.run(task(made, width=4096), made, Worker(), whole)
+    golden = losses(notes)
+    page = resource.getpagesize()
+    sizes = [entry.size for entry in whole.artifacts.list(f"checkpoints/{10 * BATCH:012d}/")]
+    needed = sum(math.ceil(size / page) * page for size in sizes)
+    for missing in (page, 2 * page, 3 * page, needed // 2, needed):
+        there = Record(record.job, "1" * 32, "x", record.root, str(disk / str(missing)))
+
+        def fill(there: Record = there, room: int = needed - missing) -> None:
+            arrived(there, 5 * BATCH)
+            with (disk / "filler").open("wb") as filler:
+                filler.write(bytes(shutil.disk_usage(disk).free - room))
+
+        with pytest.raises(CalotypeError, match=r"0080 cannot be written \(No space left on device\).*make room"):
+            loop.run(counting(made, {7: fill}, width=4096), made, Worker(), there)
+        assert checkpoint.committed(there.artifacts) == [5 * BATCH]
+        with checkpoint.opened(there.artifacts, 5 * BATCH):
+            pass
+        assert not list(disk.rglob(".partial-*"))
+        (disk / "filler").unlink()
+        notes.points.clear()
+        loop.run(task(made, width=4096), made, Worker(), there)  # the same command
+        assert losses(notes) == {images: loss for images, loss in golden.items() if images > 5 * BATCH}
+        assert files(there, 15 * BATCH) == files(whole, 15 * BATCH)
+        shutil.rmtree(there.artifact_root)
+
+
+def test_a_file_that_may_not_grow_is_said_in_one_sentence_and_loses_nothing(record: Record, notes: Notes) -> None:
+    """Where no file system can be mounted, as near to a full disk as one gets."""
     made = settings(images=10**6, checkpoint_every=5 * BATCH, log_every=5 * BATCH)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -62,3 +62,22 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, started: Callable
     assert checkpoint.committed(store) == [16]
     assert checkpoint.weights(store, 16, "net", ema=False)["0.weight"].shape == (33, 7)
     assert not [entry.key for entry in place.list() if entry.key.startswith("parts")]
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.chaos)])
+def test_killed_at_any_file_of_a_save_a_training_goes_on_bit_by_bit(
+    tmp_path: Path, started: Callable[..., Any], world: int
+) -> None:
+    """SIGKILL of a rank before each file of a checkpoint gets its name, and before each deletion of the one before."""
+    said = tmp_path / "said"
+    process = started(RANKS, "killed", str(tmp_path), str(world), said=said)
+    process.join(300)
+    process.kill()
+    assert process.exitcode == 0, said.read_text()
+    trials = [line for line in said.read_text().splitlines() if line.startswith("rank ")]
+    assert all(line.endswith("bit by bit") for line in trials), "\n".join(trials)
+    for rank in range(world):
+        since = [line.split()[5] for line in trials if line.startswith(f"rank {rank} ")]
+        files = (7 if rank == 0 else 4) + (world > 1)  # four kinds, index, state, commit; the list of a rank
+        assert since[:files] == ["36"] * files
+        assert rank or set(since[files:]) == {"72"}

@@ -124,6 +124,9 @@ def _explained(uri: str) -> Iterator[None]:
             raise Missing(f"the bucket of {uri} does not exist: create it, or correct root") from error
         if code in ("AccessDenied", "403", "SignatureDoesNotMatch", "InvalidAccessKeyId", "Forbidden", "ExpiredToken"):
             raise CalotypeError(f"{uri} is refused ({code}): check AWS_ACCESS_KEY_ID and its secret") from error
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if status >= 500 or status == 429:  # throttled, or unwell: that passes
+            raise Unreachable(f"{uri} failed at every try ({error}): look at the server's log, and its disk") from error
         raise CalotypeError(f"{uri} failed: {error}") from error
     except botocore.exceptions.NoCredentialsError as error:
         raise CalotypeError(
