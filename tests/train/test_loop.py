@@ -22,6 +22,7 @@ from calotype.data.files import FolderStore
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
+from calotype.tasks import promote
 from calotype.track import Tracker
 from calotype.train import checkpoint, loop
 from calotype.train.engine import Engine
@@ -178,6 +179,26 @@ def test_cadence_is_counted_in_images(record: Record, notes: Notes) -> None:
     assert checkpoint.committed(record.artifacts) == [16, 32, 48, 56] == notes.saved
     assert [images for images, at in notes.points if "validation_loss" in at] == [24, 48, 56]
     assert len(seen["draw"]) == 1
+
+
+def test_only_weights_that_were_validated_have_a_loss_to_promote(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings(images=40, validate_every=16, checkpoint_every=8)
+    monkeypatch.setattr(promote, "trained", lambda record: made)
+    scores, calls = iter([0.5, math.nan, 0.9]), iter(range(10**6))
+
+    def validate() -> dict[str, float]:
+        return {"validation_loss": next(scores)}
+
+    loop.run(task(made, validate=validate), made, Worker(stop=lambda: next(calls) > 2), record)  # saves at 24 and ends
+    loop.run(task(made, validate=validate), made, Worker(), record)
+    assert checkpoint.committed(record.artifacts) == [8, 16, 24, 32, 40]
+    assert promote.best(record) == (16, 0, 0.5)  # not 24 with the loss of 16, nor 32 whose loss is no number
+    checkpoint.discard(record.artifacts, 16)
+    assert promote.best(record) == (40, 0, 0.9)
+    checkpoint.discard(record.artifacts, 40)
+    assert promote.best(record) == (32, 0, None)
 
 
 def test_stop_saves_and_returns(record: Record, notes: Notes) -> None:

@@ -94,7 +94,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     left_out = LeftOut(worker, config, record, task.left_out, state.get("left_out", {}))
     guard = Guard(settings, worker, task.engines, record, state.get("guard", {}))
     figures: dict[str, Any] = dict(state.get("figures", {}))
-    start = images
+    start, validated = images, 0  # images at the last validation of this attempt; `figures` may hold an older one's
 
     def due(every: int) -> bool:
         return images > start and every > 0 and images // every > (images - batch) // every
@@ -121,6 +121,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
                 worker.beat("validates", images)
                 fresh.update(task.validate())
+                validated = images
             if images > start and (due(settings.sample_every) or (done and settings.sample_every)):
                 worker.beat("draws", images)
                 picture = task.draw()
@@ -137,6 +138,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
                 also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
+                also |= {"validated": validated}
                 saving.begin(images, clock, figures, also)
             show(images, figures)
             if ending:
