@@ -157,9 +157,11 @@ def test_resume_goes_on_exactly(record: Record, notes: Notes) -> None:
     whole = losses(notes)
     notes.points.clear()
     half = settings(images=10 * BATCH)
-    loop.run(task(half), half, Worker(), record)
+    loop.run(task(half, spent=lambda: {"seconds": 7.0}), half, Worker(), record)
     seen: list[int] = []
-    loop.run(task(made, seen=seen), made, Worker(), record)
+    states: list[Any] = []
+    loop.run(task(made, seen=seen, resumed=states.append), made, Worker(), record)
+    assert [(state["spent"], state["world"]) for state in states] == [({"seconds": 7.0}, 1)]
     assert losses(notes) == whole  # bit by bit, dropout included
     assert seen[0] == 10 * BATCH  # the next batch, exactly
     assert [tuple(point) for point in notes.unsent] == [("loss", 1.0, 8, 0)]

@@ -54,6 +54,8 @@ class Task:
         left_out: ids and reasons of samples that this rank's batches lack.
         retries: reads that this rank had to repeat so far.
         also: figures of rank 0 -> more of them.
+        spent: rank 0's account of time, kept in checkpoints.
+        resumed: is told the state of the checkpoint that the training goes on from.
         where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
@@ -67,6 +69,8 @@ class Task:
     left_out: Callable[[], Mapping[str, str]] = dict
     retries: Callable[[], int] = int
     also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {}
+    spent: Callable[[], Mapping[str, float]] = dict
+    resumed: Callable[[Mapping[str, Any]], None] = lambda state: None
     where: Callable[[int], str] = "cursor {:,}".format
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
@@ -88,6 +92,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     settings, batch = config.train, config.train.batch
     micro = micro_batch(config, worker.world)
     state = resume(task.engines, task.where, worker, record)
+    task.resumed(state)
     images, clock = int(state["images"] if state else 0), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
     began = runs.first_attempt_started(record) if record else time.time()
     meter = Meter(worker, batch, task.engines, task.retries)
@@ -138,7 +143,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
                 also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
-                also |= {"validated": validated}
+                also |= {"validated": validated, "spent": dict(task.spent())}
                 saving.begin(images, clock, figures, also)
             show(images, figures)
             if ending:
