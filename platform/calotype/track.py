@@ -118,11 +118,11 @@ def open_run(config: Any, record: Record) -> Iterator[Tracker]:
         tracker.finish(status)
 
 
-def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -> Tracker:
-    """A worker's tracker of the same run; takes back the points that were unsent when the checkpoint was cut."""
+def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = (), role: str = "worker") -> Tracker:
+    """A worker's tracker of the same run, the only one of its role; takes back points unsent when a checkpoint was cut."""
     if config.track.kind == "none" or not record.mlflow_run_id:
         return Tracker(record)
-    tracker = MlflowTracker(record, "worker", pending)
+    tracker = MlflowTracker(record, role, pending)
     tracker.watch(socket.gethostname())
     return tracker
 
@@ -130,8 +130,8 @@ def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -
 def settle(record: Record) -> None:
     """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
     left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
-    for key in left:
-        MlflowTracker(record, Path(key).stem).finish("FINISHED" if "driver" in key else "")
+    for role in (Path(key).stem for key in left):
+        MlflowTracker(record, role).finish("FINISHED" if role == "driver" else "")
 
 
 def open_parent(config: Any, job: str) -> str:
@@ -159,7 +159,7 @@ def page(run_id: str) -> str:
 
 
 class MlflowTracker(Tracker):
-    """One run in MLflow, seen from one process; `role` names who logs: the driver and the worker log other keys."""
+    """One run in MLflow, seen from one process; `role` names who logs: driver, worker and nodes log other keys."""
 
     def __init__(self, record: Record, role: str, pending: Iterable[Sequence[Any]] = ()) -> None:
         super().__init__(record)
@@ -254,9 +254,9 @@ class MlflowTracker(Tracker):
         self._outbox.act(send)
 
     def watch(self, node: str = "") -> None:
-        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/].
+        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/] (MLflow's own keys).
 
-        The driver does, without a node's name; so do workers on other machines than the driver's.
+        The driver does, without a node's name; so does one worker on each machine but the driver's.
         """
         self._watching = threading.Thread(target=self._measure, args=(node,), name="system metrics", daemon=True)
         self._watching.start()

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -179,14 +180,21 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
 def tracking(
     task: Task, config: Any, worker: Worker, record: runs.Record | None, state: Mapping[str, Any]
 ) -> Iterator[track.Tracker | None]:
-    """Rank 0's tracker, with the points that were unsent at the checkpoint; delivers at the end, whatever it is."""
-    if record is None or worker.rank:
+    """Rank 0's tracker, with the points that were unsent at the checkpoint; delivers at the end, whatever it is.
+
+    The first rank of every other node has one too, for the figures of its machine and nothing else.
+    """
+    if record is None or worker.local_rank:
         yield None
         return
-    tracker = track.attach(config, record, state.get("unsent", ()))
+    if worker.rank:
+        tracker = track.attach(config, record, (), f"node-{socket.gethostname()}")
+    else:
+        tracker = track.attach(config, record, state.get("unsent", ()))
     try:
-        task.begin(tracker)
-        yield tracker
+        if worker.rank == 0:
+            task.begin(tracker)
+        yield None if worker.rank else tracker
     finally:
         tracker.finish()
 
