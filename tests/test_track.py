@@ -165,7 +165,7 @@ def test_an_answer_that_is_lost_makes_no_second_point(wire: Wire, settings: Any)
 
 
 def test_what_could_not_be_delivered_waits_beside_the_artifacts(
-    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     record = begin(settings)
     with track.open_run(settings, record) as driver:
@@ -175,6 +175,8 @@ def test_what_could_not_be_delivered_waits_beside_the_artifacts(
         wire.cut()
         monkeypatch.setattr(track, "WAIT", 1.0)
         worker.log({"loss": 3.0}, 30)
+        worker.inputs([track.Dataset("digits", "a1" * 32, "s3://b/datasets/digits")])
+        worker.model("mine", "s3://b/checkpoints/30", "diffusion", 30)
         start = time.monotonic()
         worker.finish()
         driver.figures({"accuracy": 1.0})
@@ -187,6 +189,8 @@ def test_what_could_not_be_delivered_waits_beside_the_artifacts(
         "unsent/node-driver.of.us.json",
         "unsent/worker.json",
     ]
+    assert "never told what it read and the model mine at s3://b/checkpoints/30: 1 s" in caplog.text
+    assert "never told the end of the run" in caplog.text
     wire.mend()
     monkeypatch.setattr(track, "WAIT", 20.0)
     track.settle(record)

@@ -119,7 +119,7 @@ def open_run(config: Any, record: Record) -> Iterator[Tracker]:
 
 
 def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = (), role: str = "worker") -> Tracker:
-    """A worker's tracker of the same run, the only one of its role; takes back points unsent when a checkpoint was cut."""
+    """A worker's tracker of the same run, the one of its role; takes back points unsent when a checkpoint was cut."""
     if config.track.kind == "none" or not record.mlflow_run_id:
         return Tracker(record)
     tracker = MlflowTracker(record, role, pending)
@@ -192,7 +192,7 @@ class MlflowTracker(Tracker):
             tags |= {"mlflow.source.git.commit": code.removesuffix("-dirty"), "mlflow.source.name": sys.argv[0]}
             client.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items() if value])
 
-        self._outbox.act(send)
+        self._outbox.act("parameters and commit", send)
         self.watch()
         self._painter.submit(_surely, "config.yaml", lambda: self.record.artifacts.write("config.yaml", as_yaml(data)))
 
@@ -210,7 +210,7 @@ class MlflowTracker(Tracker):
             for key, value in tags.items():
                 client.set_tag(self._run, key, value)
 
-        self._outbox.act(send)
+        self._outbox.act(f"the tags {', '.join(tags)}", send)
 
     def picture(self, name: str, image: Any, images: int) -> None:
         copy = image.copy()
@@ -233,7 +233,7 @@ class MlflowTracker(Tracker):
             models = dict.fromkeys(output.model_id for run in runs for output in _outputs(run))
             client.log_inputs(self._run, read or None, [entities.LoggedModelInput(model) for model in models] or None)
 
-        self._outbox.act(send)
+        self._outbox.act("what it read", send)
 
     def model(self, name: str, uri: str, kind: str, images: int) -> None:
         def send(client: Any) -> None:
@@ -251,13 +251,12 @@ class MlflowTracker(Tracker):
             client.finalize_logged_model(made.model_id, "READY")
             client.log_outputs(self._run, [LoggedModelOutput(made.model_id, images)])
 
-        self._outbox.act(send)
+        self._outbox.act(f"the model {name} at {uri}", send)
 
     def watch(self, node: str = "") -> None:
-        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/] (MLflow's own keys).
+        """Log CPU, memory, disk, network and GPUs of this machine every ten seconds, under MLflow's own system/[NODE/].
 
-        The driver does, without a node's name; so does one worker on each machine but the driver's.
-        """
+        The driver does, without a node's name; so does one worker on each machine but the driver's."""
         self._watching = threading.Thread(target=self._measure, args=(node,), name="system metrics", daemon=True)
         self._watching.start()
 
@@ -270,7 +269,8 @@ class MlflowTracker(Tracker):
         if self._watching:
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
-        if left := self._outbox.close(final, WAIT):
+        left, untold = self._outbox.close(final, WAIT)
+        if left or untold:  # a finished run is told to be one again, by `settle`
             log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
             _surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
         else:

@@ -82,8 +82,8 @@ def best(record: runs.Record) -> tuple[int, int, float | None]:
     """(images seen, halflife of one of `ema.halflives` or 0 for the first average, validation loss) of the best average
     in the checkpoints that are kept; the newest of equals, and the first average of the newest where none has a loss.
 
-    A checkpoint between two validations carries the figures of the last one, which are not its own weights': they do not
-    count, nor does a loss that is not finite.
+    A checkpoint between two validations carries the figures of the last one, which are not those of its own weights:
+    they do not count, nor does a loss that is not finite.
 
     Raises:
         CalotypeError: there is no checkpoint.
