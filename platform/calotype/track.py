@@ -251,7 +251,7 @@ class MlflowTracker(Tracker):
             client.finalize_logged_model(made.model_id, "READY")
             client.log_outputs(self._run, [LoggedModelOutput(made.model_id, images)])
 
-        self._outbox.act(f"the model {name} at {uri}", send)
+        self._outbox.act(f"where the model {name} lies", send)
 
     def watch(self, node: str = "") -> None:
         """Log CPU, memory, disk, network and GPUs of this machine every ten seconds, under MLflow's own system/[NODE/].
