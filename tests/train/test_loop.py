@@ -24,7 +24,7 @@ from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
 from calotype.tasks import promote
 from calotype.track import Tracker
-from calotype.train import checkpoint, loop
+from calotype.train import checkpoint, loop, saving
 from calotype.train.engine import Engine
 from torch import nn
 
@@ -295,6 +295,19 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(
         record.artifacts.write(entry.key, b"no")
     with pytest.raises(DataError):
         loop.run(task(made), made, Worker(), record)
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(record: Record, notes: Notes) -> None:
+    made = settings(images=2 * BATCH)
+    loop.run(task(made), made, Worker(), record)
+    more = settings(images=3 * BATCH)
+    with pytest.raises(CalotypeError, match=r"000016 is a checkpoint of run f{8}, not of toy \(0{8}\)") as said:
+        loop.run(task(more), more, Worker(), replace(record, identity="0" * 32))
+    assert not isinstance(said.value, DataError)  # which would go back to the one before, and delete this one
+    assert checkpoint.committed(record.artifacts) == [2 * BATCH]
+    for golden in ("golden", "golden-v2"):  # which name no run
+        with checkpoint.opened(FolderStore(Path(__file__).parent / golden), 128) as old:
+            saving.check_ours(old, record)
 
 
 def test_errors_of_the_thread_that_prepares_are_raised(record: Record, notes: Notes) -> None:
