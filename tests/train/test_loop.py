@@ -125,6 +125,25 @@ def test_it_learns_and_reports(record: Record, notes: Notes) -> None:
     assert notes.finished == 1
 
 
+def test_the_first_step_of_an_attempt_is_no_measure(record: Record, notes: Notes) -> None:
+    for images in (5 * BATCH, 10 * BATCH):
+        made = settings(images=images)
+        quick = task(made)
+        times = iter([1.0] + [0.0] * 9)  # it compiles
+
+        def step(rows: Any, quick: loop.Task = quick, times: Iterator[float] = times) -> Any:
+            time.sleep(next(times))
+            return quick.step(rows)
+
+        figures = loop.run(replace(quick, step=step), made, Worker(), record)
+    with checkpoint.opened(record.artifacts, 10 * BATCH, ()) as saved:
+        seconds = saved.state["trained"] + saved.state["waited"]
+        assert saved.state["timed"] == 8 * BATCH
+    assert seconds < 1
+    assert figures["images_per_second"] == pytest.approx(8 * BATCH / seconds)
+    assert [images for images, at in notes.points if "loss" in at and "images_per_second" not in at] == [8, 48]
+
+
 def test_logged_losses_are_means_over_the_interval(record: Record, notes: Notes) -> None:
     made = settings()
     loop.run(task(made), made, Worker(), record)

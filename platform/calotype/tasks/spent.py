@@ -50,13 +50,15 @@ class Spent:
         Forward and backward count once, however often activations are computed (Chowdhery et al. 2022, appendix B).
 
         Args:
-            seen: `images_per_second` of all workers.
+            seen: `images_per_second` of all workers; not known of the first step alone.
         """
         if not self.first:
             return {}
-        made = {"tflops": self.flops * seen["images_per_second"] / self.world / 1e12}
-        if self.peak:
-            made["mfu_percent"] = 100 * made["tflops"] / self.peak
+        made = {}
+        if rate := seen.get("images_per_second"):
+            made["tflops"] = self.flops * rate / self.world / 1e12
+            if self.peak:
+                made["mfu_percent"] = 100 * made["tflops"] / self.peak
         if self.price:
             made["cost"] = self.state()["worker_seconds"] / 3600 * self.price
         return made

@@ -94,7 +94,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     micro = micro_batch(config, worker.world)
     state = resume(task.engines, task.where, worker, record)
     task.resumed(state)
-    images, clock = int(state["images"] if state else 0), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
+    images = int(state.get("images", 0))
+    clock = Clock(state.get("trained", 0.0), state.get("waited", 0.0), state.get("timed", images))
     began = runs.first_attempt_started(record) if record else time.time()
     meter = Meter(worker, batch, task.engines, task.retries)
     left_out = LeftOut(worker, config, record, task.left_out, state.get("left_out", {}))
@@ -172,7 +173,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             meter.step(norms, rate, wait, images, guard.taken)
 
     seconds = max(clock.trained + clock.waited, 1e-9)
-    overall = {"images_per_second": images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
+    overall = {"images_per_second": clock.images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
     return {**figures, **overall, "images": images, "stopped": images < settings.images}
 
 

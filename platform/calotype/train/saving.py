@@ -105,6 +105,7 @@ class Saving:
             "seed": self.config.seed,  # all randomness is keyed by it and the position: no generator has a state
             "trained": clock.trained,
             "waited": clock.waited,
+            "timed": clock.images,
             "figures": dict(figures),
             "config": digest_of(identity_fields(self.config)),
             "world": self.worker.world,
