@@ -25,7 +25,8 @@ class Spent:
 
         self.first, self.world, self.price = worker.rank == 0, worker.world, config.cluster.price
         self.flops = cost.flops_per_image(config, shape) if self.first else 0.0
-        self.peak = config.cluster.peak_tflops or cost.peak_tflops(worker.device, config.engine.precision)
+        engine = config.engine
+        self.peak = config.cluster.peak_tflops or cost.peak_tflops(worker.device, engine.precision, engine.tf32)
         self.began, self.before = time.monotonic(), runs.lived(record) if record and self.first else 0.0
         self.earlier = self.before * self.world  # worker-seconds until now
 
