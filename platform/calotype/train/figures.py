@@ -19,7 +19,7 @@ from calotype.errors import DataError
 
 @dataclass
 class Clock:
-    """Seconds over all attempts of a run, without steps that were lost and the first of each attempt, which compiles."""
+    """Seconds over all attempts of a run, without steps that were lost and the first of each attempt: it compiles."""
 
     trained: float = 0.0  # in steps, without waiting for data
     waited: float = 0.0

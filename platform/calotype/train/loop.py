@@ -56,7 +56,7 @@ class Task:
         retries: reads that this rank had to repeat so far.
         also: figures of rank 0 -> more of them.
         spent: rank 0's account of time, kept in checkpoints.
-        resumed: is told the state of the checkpoint that the training goes on from.
+        resumed: is told the state of the checkpoint that the training goes on from, or {}.
         where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
