@@ -122,7 +122,8 @@ class Runs:
         for job in jobs:
             job = dict(job)
             name, start, kill_at = job.pop("name"), job.pop("start", None), job.pop("kill_at", 0)
-            record = {"job": "train_denoiser", "identity": name, "name": name, "root": self.root,
+            # One run, wherever its checkpoint is copied: workers, engine and length are no part of what it is.
+            record = {"job": "train_denoiser", "identity": "f" * 32, "name": name, "root": self.root,
                       "artifact_root": str(self.artifacts(name))}  # fmt: skip
             plan["jobs"].append(
                 {
