@@ -24,8 +24,9 @@ from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
 from calotype.tasks import promote
 from calotype.track import Tracker
-from calotype.train import checkpoint, loop, saving
+from calotype.train import checkpoint, loop
 from calotype.train.engine import Engine
+from calotype.train.saving import check_ours
 from torch import nn
 
 BATCH = 8
@@ -326,7 +327,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(record: Record, notes:
     assert checkpoint.committed(record.artifacts) == [2 * BATCH]
     for golden in ("golden", "golden-v2"):  # which name no run
         with checkpoint.opened(FolderStore(Path(__file__).parent / golden), 128) as old:
-            saving.check_ours(old, record)
+            check_ours(old, record)
 
 
 def test_errors_of_the_thread_that_prepares_are_raised(record: Record, notes: Notes) -> None:
