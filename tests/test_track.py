@@ -190,7 +190,7 @@ def test_what_could_not_be_delivered_waits_beside_the_artifacts(
         "unsent/worker.json",
     ]
     assert "never told what it read and where the model mine lies: 1 s" in caplog.text
-    assert "never told the end of the run" in caplog.text
+    assert "the end of the run: 1 s" in caplog.text
     wire.mend()
     monkeypatch.setattr(track, "WAIT", 20.0)
     track.settle(record)
