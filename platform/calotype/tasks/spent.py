@@ -55,7 +55,7 @@ class Spent:
         """
         if not self.first:
             return {}
-        made = {}
+        made: dict[str, float] = {}
         if rate := seen.get("images_per_second"):
             made["tflops"] = self.flops * rate / self.world / 1e12
             if self.peak:
