@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 import pytest
 from calotype import compose, provenance, runs, track
 from calotype.data.store import open_store
+from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
+from calotype.train import loop
 from PIL import Image
 
 from tests.proxy import Faults, Proxy
@@ -197,7 +199,7 @@ def test_errors_of_the_server_lose_and_repeat_nothing(
 
 
 def test_what_could_not_be_delivered_waits_beside_the_artifacts(
-    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     record = begin(settings)
     with track.open_run(settings, record) as driver:
@@ -207,20 +209,29 @@ def test_what_could_not_be_delivered_waits_beside_the_artifacts(
         wire.cut()
         monkeypatch.setattr(track, "WAIT", 1.0)
         worker.log({"loss": 3.0}, 30)
+        worker.inputs([track.Dataset("digits", "a1" * 32, "s3://b/datasets/digits")])
+        worker.model("mine", "s3://b/checkpoints/30", "diffusion", 30)
         start = time.monotonic()
         worker.finish()
         driver.figures({"accuracy": 1.0})
+        node = track.attach(settings, record, (), "node-driver.of.us")
+        node.log({"system/driver.of.us/cpu": 5.0}, 30)
+        node.finish()
     assert time.monotonic() - start < 10
     assert sorted(entry.key for entry in record.artifacts.list("unsent/")) == [
         "unsent/driver.json",
+        "unsent/node-driver.of.us.json",
         "unsent/worker.json",
     ]
+    assert "never told what it read and where the model mine lies: 1 s" in caplog.text
+    assert "the end of the run: 1 s" in caplog.text
     wire.mend()
     monkeypatch.setattr(track, "WAIT", 20.0)
     track.settle(record)
     track.settle(record)
     assert history(record, "loss") == [(30, 3.0)]
     assert history(record, "accuracy") == [(0, 1.0)]
+    assert history(record, "system/driver.of.us/cpu") == [(30, 5.0)]
     assert seen(record).info.status == "FINISHED"
     assert list(record.artifacts.list("unsent/")) == []
 
@@ -250,6 +261,24 @@ def test_machine_figures_are_measured_and_rise_over_restarts(
         steps = [step for step, _ in history(record, f"{prefix}cpu_utilization_percentage")]
         assert len(steps) >= 2
         assert steps == sorted(set(steps))
+
+
+def test_the_first_rank_of_every_other_node_looks_at_its_machine(
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "SECONDS", 0.2)
+    record = begin(settings)
+    task = loop.Task({}, batches=None, prepare=None, step=None)
+
+    def tracking(rank: int, local: int, host: str) -> Any:
+        monkeypatch.setattr(socket, "gethostname", lambda: host)
+        return loop.tracking(task, settings, Worker(rank, 4, local), record, {})
+
+    with tracking(0, 0, "here") as first, tracking(1, 1, "nobody") as second, tracking(2, 0, "there") as third:
+        assert first is not None
+        assert (second, third) == (None, None)
+        until(lambda: all(history(record, f"system/{node}/cpu_utilization_percentage") for node in ("here", "there")))
+    assert "nobody" not in str(seen(record).data.metrics.keys())
 
 
 # ------------------------------------------------------------------------------------------------ runs

@@ -44,7 +44,7 @@ class Outbox:
     def __init__(self, server: Server, pending: Iterable[Sequence[Any]] = ()) -> None:
         self._server = server
         self._points: deque[Point] = deque()
-        self._actions: deque[Action] = deque()
+        self._actions: deque[tuple[str, Action]] = deque()  # what it tells, in words, and how
         self._last: dict[str, int] = {}  # key -> newest step queued here or held by the server
         self._start: float | None = None  # of the run, in seconds; known once the server has answered
         self._size = BATCH
@@ -64,10 +64,10 @@ class Outbox:
                     self._points.append(point)
             self._changed.notify_all()
 
-    def act(self, action: Action) -> None:
+    def act(self, what: str, action: Action) -> None:
         """Queue something else to tell; done before the points that wait, and again until it succeeds."""
         with self._changed:
-            self._actions.append(action)
+            self._actions.append((what, action))
             self._changed.notify_all()
 
     def ask_again(self) -> None:
@@ -90,13 +90,22 @@ class Outbox:
                 self._changed.wait(0.2)
         return None
 
-    def close(self, final: Action | None, wait: float) -> list[Point]:
-        """Deliver everything, then do `final`; give up after `wait` seconds and return what is left."""
+    def close(self, final: Action | None, wait: float) -> tuple[list[Point], list[str]]:
+        """Deliver everything, then do `final`; give up after `wait` seconds.
+
+        Returns:
+            The points that are left; and what else was not told, in words, which the log says as an error.
+        """
         with self._changed:
             self._final, self._deadline = final, time.monotonic() + wait
             self._changed.notify_all()
         self._thread.join(wait)
-        return self.pending()
+        with self._changed:
+            untold = list(dict.fromkeys(what for what, _ in self._actions))
+            untold += ["the end of the run"] if self._final else []
+        if untold:
+            log.error("the tracking server was never told %s: %.0f s were not enough", " and ".join(untold), wait)
+        return self.pending(), untold
 
     def _run(self) -> None:
         client: Any = None
@@ -140,7 +149,7 @@ class Outbox:
         if self._start is None:
             self._sync(*self._server.held(client))
         elif self._actions:
-            self._actions[0](client)
+            self._actions[0][1](client)
             self._actions.popleft()
         elif self._points:
             batch = self.pending()[: self._size]
@@ -169,7 +178,7 @@ class Outbox:
                 self._actions.clear()
                 self._final, self._start = None, time.time()
             elif self._actions:
-                lost = self._actions.popleft().__qualname__
+                lost = self._actions.popleft()[0]
             elif len(self._points) > 1 and self._size > 1:
                 self._size = max(1, min(self._size, len(self._points)) // 10)
                 return

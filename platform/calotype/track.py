@@ -119,11 +119,11 @@ def open_run(config: Any, record: Record) -> Iterator[Tracker]:
         tracker.finish(status)
 
 
-def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -> Tracker:
-    """A worker's tracker of the same run; takes back the points that were unsent when the checkpoint was cut."""
+def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = (), role: str = "worker") -> Tracker:
+    """A worker's tracker of the same run, the one of its role; takes back points unsent when a checkpoint was cut."""
     if config.track.kind == "none" or not record.mlflow_run_id:
         return Tracker(record)
-    tracker = MlflowTracker(record, "worker", pending)
+    tracker = MlflowTracker(record, role, pending)
     tracker.watch(socket.gethostname())
     return tracker
 
@@ -131,8 +131,8 @@ def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -
 def settle(record: Record) -> None:
     """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
     left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
-    for key in left:
-        MlflowTracker(record, Path(key).stem).finish("FINISHED" if "driver" in key else "")
+    for role in (Path(key).stem for key in left):
+        MlflowTracker(record, role).finish("FINISHED" if role == "driver" else "")
 
 
 def open_parent(config: Any, job: str) -> str:
@@ -160,7 +160,7 @@ def page(run_id: str) -> str:
 
 
 class MlflowTracker(Tracker):
-    """One run in MLflow, seen from one process; `role` names who logs: the driver and the worker log other keys."""
+    """One run in MLflow, seen from one process; `role` names who logs: driver, worker and nodes log other keys."""
 
     def __init__(self, record: Record, role: str, pending: Iterable[Sequence[Any]] = ()) -> None:
         super().__init__(record)
@@ -193,7 +193,7 @@ class MlflowTracker(Tracker):
             tags |= {"mlflow.source.git.commit": code.removesuffix("-dirty"), "mlflow.source.name": sys.argv[0]}
             client.log_batch(self._run, tags=[RunTag(key, value) for key, value in tags.items() if value])
 
-        self._outbox.act(send)
+        self._outbox.act("parameters and commit", send)
         self.watch()
         self._painter.submit(surely, "config.yaml", lambda: self.record.artifacts.write("config.yaml", as_yaml(data)))
 
@@ -211,7 +211,7 @@ class MlflowTracker(Tracker):
             for key, value in tags.items():
                 client.set_tag(self._run, key, value)
 
-        self._outbox.act(send)
+        self._outbox.act(f"the tags {', '.join(tags)}", send)
 
     def picture(self, name: str, image: Any, images: int) -> None:
         copy = image.copy()
@@ -234,7 +234,7 @@ class MlflowTracker(Tracker):
             models = dict.fromkeys(output.model_id for run in runs for output in _outputs(run))
             client.log_inputs(self._run, read or None, [entities.LoggedModelInput(model) for model in models] or None)
 
-        self._outbox.act(send)
+        self._outbox.act("what it read", send)
 
     def model(self, name: str, uri: str, kind: str, images: int) -> None:
         def send(client: Any) -> None:
@@ -252,13 +252,12 @@ class MlflowTracker(Tracker):
             client.finalize_logged_model(made.model_id, "READY")
             client.log_outputs(self._run, [LoggedModelOutput(made.model_id, images)])
 
-        self._outbox.act(send)
+        self._outbox.act(f"where the model {name} lies", send)
 
     def watch(self, node: str = "") -> None:
-        """Log this machine's CPU, memory, disk, network and GPUs every ten seconds, under system/[NODE/].
+        """Log CPU, memory, disk, network and GPUs of this machine every ten seconds, under MLflow's own system/[NODE/].
 
-        The driver does, without a node's name; so do workers on other machines than the driver's.
-        """
+        The driver does, without a node's name; so does one worker on each machine but the driver's."""
         self._watching = threading.Thread(target=self._measure, args=(node,), name="system metrics", daemon=True)
         self._watching.start()
 
@@ -271,7 +270,8 @@ class MlflowTracker(Tracker):
         if self._watching:
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
-        if left := self._outbox.close(final, WAIT):
+        left, untold = self._outbox.close(final, WAIT)
+        if left or untold:  # a finished run is told to be one again, by `settle`
             log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
             surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
         else:

@@ -180,6 +180,8 @@ def test_workers_that_die_before_they_have_a_unit_end_the_job(cluster: None, mon
 def test_a_worker_that_can_never_have_room_is_refused(cluster: None) -> None:
     with pytest.raises(ConfigError, match=r"one worker with cluster\.cpus=1000 wants 1000 CPUs"):
         list(spread.map(paced, config(cpus=1000), range(3)))
+    with pytest.raises(ConfigError, match=r"cluster\.workers=\[2,8\] with cluster\.cpus=600 wants at least 1200 CPUs"):
+        spread.train(summed, config(cpus=600, workers=[2, 8]), RECORD)
 
 
 def shared(config: Prepare, worker: Worker) -> Callable[..., str | Held]:
@@ -411,7 +413,7 @@ def test_what_is_final_and_what_is_not() -> None:
         streak.add(at(0, "hung"))
     streak.add(at(640, "out of memory"))
     streak.add(at(6400, "out of memory"))
-    with pytest.raises(CalotypeError, match=r"2 times at 6,400 images.*engine\.micro_batch"):
+    with pytest.raises(CalotypeError, match=r"2 times at 6,400 images.*engine\.micro_batch.*engine\.offload=cpu"):
         streak.add(at(6400, "out of memory"))
     streak = failures.Streak()
     for low in (600, 640, 610, 600, 620):  # signs of life are a second old

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from calotype import config as C
+from calotype import runs
 from calotype.environment import Worker
 from calotype.errors import ConfigError
 from calotype.model import cost
 from calotype.model.build import checkpoint_activations
 from calotype.model.denoiser import build_denoiser
+from calotype.runs import Record
 from calotype.tasks import memory
 from calotype.tasks.spent import Spent
 from calotype.train import zero
@@ -189,13 +191,24 @@ def test_figures_of_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["mfu_percent"] == pytest.approx(made["tflops"] * 50)
     assert 0.04 < made["cost"] < 4
     assert Spent(settings, Worker(rank=1, world=4), SHAPE, None).figures({}) == {}
+    monkeypatch.setattr(runs, "lived", lambda record: 100.0)
+    for state, seconds in (
+        ({}, 400.0),
+        ({"world": 2}, 400.0),  # as older versions wrote it
+        ({"world": 2, "spent": {"seconds": 90.0, "worker_seconds": 150.0}}, 170.0),  # ten seconds of two were lost
+    ):
+        spent = Spent(settings, Worker(world=4), SHAPE, Record("train_denoiser", "f" * 32, "x", "", ""))
+        spent.resumed(state)
+        assert seconds <= spent.figures({"images_per_second": 1.0})["cost"] < seconds + 4
+        assert 100 <= spent.state()["seconds"] < 101
     assert set(Spent(job(), Worker(), SHAPE, None).figures({"images_per_second": 1.0})) == {"tflops"}
-    for name, peaks in (("NVIDIA H100 80GB HBM3", (989.4, 494.7)), ("NVIDIA H100 PCIe", (756.0, 378.0)),
-                        ("NVIDIA A100-SXM4-80GB", (312.0, 156.0)), ("NVIDIA L40S", (0.0, 0.0)),
-                        ("NVIDIA A10G", (70.0, 35.0))):  # fmt: skip
+    for name, peaks in (("NVIDIA H100 80GB HBM3", (989.4, 494.7, 66.9)), ("NVIDIA H100 PCIe", (756.0, 378.0, 51.2)),
+                        ("NVIDIA A100-SXM4-80GB", (312.0, 156.0, 19.5)), ("NVIDIA L40S", (0.0, 0.0, 0.0)),
+                        ("NVIDIA A10G", (70.0, 35.0, 35.0))):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert (cost.peak_tflops("cuda:0", "bf16"), cost.peak_tflops("cuda:0", "fp32")) == peaks
-    assert cost.peak_tflops("cpu", "fp32") == 0
+        of = [cost.peak_tflops("cuda:0", *how) for how in (("bf16", False), ("fp32", True), ("fp32", False))]
+        assert tuple(of) == peaks
+    assert cost.peak_tflops("cpu", "fp32", True) == 0
 
 
 def test_as_people_type_it(tmp_path: Path, typed: Callable[..., tuple[int, str]]) -> None:

@@ -122,7 +122,8 @@ class Runs:
         for job in jobs:
             job = dict(job)
             name, start, kill_at = job.pop("name"), job.pop("start", None), job.pop("kill_at", 0)
-            record = {"job": "train_denoiser", "identity": name, "name": name, "root": self.root,
+            # One run, wherever its checkpoint is copied: workers, engine and length are no part of what it is.
+            record = {"job": "train_denoiser", "identity": "f" * 32, "name": name, "root": self.root,
                       "artifact_root": str(self.artifacts(name))}  # fmt: skip
             plan["jobs"].append(
                 {
@@ -264,7 +265,7 @@ def test_averages_are_drawn_from_by_their_halflife(done: Runs, root: str) -> Non
     from calotype.tasks import sample
 
     artifacts = str(done.artifacts("torch"))
-    record = Record("train_denoiser", "torch", "torch", root, artifacts, config=as_data(settings(root)))
+    record = Record("train_denoiser", "f" * 32, "torch", root, artifacts, config=as_data(settings(root)))
     first, same, further = (sample.load_denoiser(record, halflife=h).denoiser.state_dict() for h in (0, 400, 5))
     stored = checkpoint.weights(record.artifacts, BATCH * STEPS, "denoiser", halflife=5)
     assert all(torch.equal(first[name], same[name]) for name in stored)
@@ -306,7 +307,7 @@ def test_a_finished_run_does_nothing(done: Runs, root: str) -> None:
     at = {"images": 20 * BATCH, "checkpoint_every": 5 * BATCH}
     from calotype.runs import Record
 
-    record = Record("train_denoiser", "killed", "killed", root, str(done.artifacts("killed")))
+    record = Record("train_denoiser", "f" * 32, "killed", root, str(done.artifacts("killed")))
     before = checkpoint.digest(record.artifacts, 20 * BATCH)
     assert denoiser.train(settings(root, **at), Worker(), record)["images"] == 20 * BATCH
     assert checkpoint.digest(record.artifacts, 20 * BATCH) == before

@@ -257,7 +257,7 @@ def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
         "computes with bf16 on fp32 weights, attention of PyTorch, channels_last, not compiled, fused AdamW"
     ]
     words = said(config.Engine(tf32=True, compile="max-autotune"), cuda=True)
-    assert words.startswith("fp32, TF32 on, attention flash | memory-efficient")
+    assert words.startswith("fp32, TF32 on, attention of PyTorch, which may choose flash | memory-efficient")
     assert "torch.compile max-autotune" in words
     assert said(config.Engine(stage=2, offload="cpu"), cuda=True).endswith("fused AdamW in host memory")
 

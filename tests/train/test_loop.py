@@ -24,9 +24,11 @@ from calotype.data.files import FolderStore
 from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
+from calotype.tasks import promote
 from calotype.track import Tracker
 from calotype.train import checkpoint, loop
 from calotype.train.engine import Engine
+from calotype.train.saving import check_ours
 from torch import nn
 
 BATCH = 8
@@ -126,6 +128,25 @@ def test_it_learns_and_reports(record: Record, notes: Notes) -> None:
     assert notes.finished == 1
 
 
+def test_the_first_step_of_an_attempt_is_no_measure(record: Record, notes: Notes) -> None:
+    for images in (5 * BATCH, 10 * BATCH):
+        made = settings(images=images)
+        quick = task(made)
+        times = iter([1.0] + [0.0] * 9)  # it compiles
+
+        def step(rows: Any, quick: loop.Task = quick, times: Iterator[float] = times) -> Any:
+            time.sleep(next(times))
+            return quick.step(rows)
+
+        figures = loop.run(replace(quick, step=step), made, Worker(), record)
+    with checkpoint.opened(record.artifacts, 10 * BATCH, ()) as saved:
+        seconds = saved.state["trained"] + saved.state["waited"]
+        assert saved.state["timed"] == 8 * BATCH
+    assert seconds < 1
+    assert figures["images_per_second"] == pytest.approx(8 * BATCH / seconds)
+    assert [images for images, at in notes.points if "loss" in at and "images_per_second" not in at] == [8, 48]
+
+
 def test_logged_losses_are_means_over_the_interval(record: Record, notes: Notes) -> None:
     made = settings()
     loop.run(task(made), made, Worker(), record)
@@ -158,9 +179,11 @@ def test_resume_goes_on_exactly(record: Record, notes: Notes) -> None:
     whole = losses(notes)
     notes.points.clear()
     half = settings(images=10 * BATCH)
-    loop.run(task(half), half, Worker(), record)
+    loop.run(task(half, spent=lambda: {"seconds": 7.0}), half, Worker(), record)
     seen: list[int] = []
-    loop.run(task(made, seen=seen), made, Worker(), record)
+    states: list[Any] = []
+    loop.run(task(made, seen=seen, resumed=states.append), made, Worker(), record)
+    assert [(state["spent"], state["world"]) for state in states] == [({"seconds": 7.0}, 1)]
     assert losses(notes) == whole  # bit by bit, dropout included
     assert seen[0] == 10 * BATCH  # the next batch, exactly
     assert [tuple(point) for point in notes.unsent] == [("loss", 1.0, 8, 0)]
@@ -180,6 +203,26 @@ def test_cadence_is_counted_in_images(record: Record, notes: Notes) -> None:
     assert checkpoint.committed(record.artifacts) == [16, 32, 48, 56] == notes.saved
     assert [images for images, at in notes.points if "validation_loss" in at] == [24, 48, 56]
     assert len(seen["draw"]) == 1
+
+
+def test_only_weights_that_were_validated_have_a_loss_to_promote(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings(images=40, validate_every=16, checkpoint_every=8)
+    monkeypatch.setattr(promote, "trained", lambda record: made)
+    scores, calls = iter([0.5, math.nan, 0.9]), iter(range(10**6))
+
+    def validate() -> dict[str, float]:
+        return {"validation_loss": next(scores)}
+
+    loop.run(task(made, validate=validate), made, Worker(stop=lambda: next(calls) > 2), record)  # saves at 24 and ends
+    loop.run(task(made, validate=validate), made, Worker(), record)
+    assert checkpoint.committed(record.artifacts) == [8, 16, 24, 32, 40]
+    assert promote.best(record) == (16, 0, 0.5)  # not 24 with the loss of 16, nor 32 whose loss is no number
+    checkpoint.discard(record.artifacts, 16)
+    assert promote.best(record) == (40, 0, 0.9)
+    checkpoint.discard(record.artifacts, 40)
+    assert promote.best(record) == (32, 0, None)
 
 
 def test_stop_saves_and_returns(record: Record, notes: Notes) -> None:
@@ -274,6 +317,19 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(
         record.artifacts.write(entry.key, b"no")
     with pytest.raises(DataError):
         loop.run(task(made), made, Worker(), record)
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(record: Record, notes: Notes) -> None:
+    made = settings(images=2 * BATCH)
+    loop.run(task(made), made, Worker(), record)
+    more = settings(images=3 * BATCH)
+    with pytest.raises(CalotypeError, match=r"000016 is a checkpoint of run f{8}, not of toy \(0{8}\)") as said:
+        loop.run(task(more), more, Worker(), replace(record, identity="0" * 32))
+    assert not isinstance(said.value, DataError)  # which would go back to the one before, and delete this one
+    assert checkpoint.committed(record.artifacts) == [2 * BATCH]
+    for golden in ("golden", "golden-v2"):  # which name no run
+        with checkpoint.opened(FolderStore(Path(__file__).parent / golden), 128) as old:
+            check_ours(old, record)
 
 
 def test_errors_of_the_thread_that_prepares_are_raised(record: Record, notes: Notes) -> None:

@@ -81,7 +81,10 @@ class Streak:
 
     def _final(self, failure: Failure, times: int) -> str:
         if failure.kind == "out of memory":
-            advice = "lower engine.micro_batch, use a higher engine.stage, or give workers more memory"
+            advice = (
+                "lower engine.micro_batch, use a higher engine.stage or (against a GPU's, with host memory) "
+                "engine.offload=cpu, or give workers more memory"
+            )
         elif failure.stepped:
             advice = (
                 f"look at the workers' memory and at the samples at positions {failure.low:,} to {failure.high:,} and "

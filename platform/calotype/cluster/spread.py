@@ -195,11 +195,13 @@ def _check_room(cluster: Cluster, workers: int) -> None:
     if "CALOTYPE_RAY_GCS" not in os.environ:
         return
     total = ray.cluster_resources()
-    many = f"cluster.workers={workers} with " if workers > 1 else "one worker with "
+    typed = str(cluster.workers).replace(" ", "")  # of which [LEAST,MOST] needs the first
+    many = f"cluster.workers={typed} with " if workers > 1 else "one worker with "
+    least = "" if isinstance(cluster.workers, int) else "at least "
     for name, each, setting in (("CPU", cluster.cpus, "cpus"), ("GPU", cluster.gpus, "gpus")):
         if workers * each > total.get(name, 0):
             raise ConfigError(
-                f"{many}cluster.{setting}={each} wants {workers * each:g} {name}s, and this machine has "
+                f"{many}cluster.{setting}={each} wants {least}{workers * each:g} {name}s, and this machine has "
                 f"{total.get(name, 0):g}: lower {'one of them' if workers > 1 else 'it'}"
             )
 

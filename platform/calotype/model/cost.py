@@ -89,18 +89,19 @@ def activations(settings: config.TrainDenoiser, shape: Shape, gpu: bool) -> Acti
     return Activations(each, max(few - FEW * each, 0))
 
 
-def peak_tflops(device: str, precision: str) -> float:
+def peak_tflops(device: str, precision: str, tf32: bool) -> float:
     """Dense peak of the device that this worker has; 0 where the data sheet is not known.
 
-    float32 runs on tensor cores where PyTorch may round to TF32, as its convolutions do by default.
+    Args:
+        tf32: `engine.tf32`: float32 is rounded to TF32, and runs on tensor cores.
     """
     if not device.startswith("cuda"):
         return 0.0
     words = f" {torch.cuda.get_device_name(device)} ".replace("-", " ")
-    half, tf32, full = next((peak for name, peak in PEAKS.items() if f" {name} " in words), (0.0, 0.0, 0.0))
+    half, rounded, full = next((peak for name, peak in PEAKS.items() if f" {name} " in words), (0.0, 0.0, 0.0))
     if precision in LOWER:
         return half
-    return tf32 if torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32 else full
+    return rounded if tf32 else full
 
 
 # ---------------------------------------------------------------------------------------------- without data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ def best(record: runs.Record) -> tuple[int, int, float | None]:
     """(images seen, halflife of one of `ema.halflives` or 0 for the first average, validation loss) of the best average
     in the checkpoints that are kept; the newest of equals, and the first average of the newest where none has a loss.
 
+    A checkpoint between two validations carries the figures of the last one, which are not those of its own weights:
+    they do not count, nor does a loss that is not finite.
+
     Raises:
         CalotypeError: there is no checkpoint.
     """
@@ -88,12 +92,14 @@ def best(record: runs.Record) -> tuple[int, int, float | None]:
     found: list[tuple[float, int, int]] = []
     for images in checkpoint.committed(record.artifacts):
         with checkpoint.opened(record.artifacts, images, ()) as saved:
-            known = saved.state["figures"]
-        found += [(known.get(name, float("inf")), -images, halflife) for halflife, name in names.items()]
+            validated = saved.state.get("validated", images)  # not known of those that older versions wrote
+            known = saved.state["figures"] if validated == images else {}
+        losses = {halflife: known.get(name, math.inf) for halflife, name in names.items()}
+        found += [(loss if math.isfinite(loss) else math.inf, -images, halflife) for halflife, loss in losses.items()]
     if not found:
         raise CalotypeError(f"train_denoiser {record.name} has no checkpoint any more: train it again")
     loss, negative, halflife = min(found)
-    return -negative, halflife, loss if loss < float("inf") else None
+    return -negative, halflife, loss if loss < math.inf else None
 
 
 def _export(record: runs.Record, settings: TrainDenoiser, digest: str, halflife: int, place: Store) -> str:

@@ -19,10 +19,11 @@ from calotype.errors import DataError
 
 @dataclass
 class Clock:
-    """Seconds over all attempts of a run, without those whose steps were lost."""
+    """Seconds over all attempts of a run, without steps that were lost and the first of each attempt: it compiles."""
 
     trained: float = 0.0  # in steps, without waiting for data
     waited: float = 0.0
+    images: int = 0  # seen in that time
 
 
 class Meter:
@@ -31,6 +32,7 @@ class Meter:
     def __init__(self, worker: Worker, batch: int, engines: Collection[str], retries: Callable[[], int] = int) -> None:
         self.worker, self.batch, self.retries = worker, batch, retries
         self.shown = dict.fromkeys(engines, "loss") if len(engines) == 1 else {}
+        self.warm = False  # one step was taken
         self.first_bad = 0  # images at the end of the first step of the last reading that was not finite; 0: all were
         self.reset()
 
@@ -39,8 +41,8 @@ class Meter:
         self.step_sums: dict[str, Tensor] = {}  # of the step that is being taken
         self.norms: Tensor | None = None
         self.bad: Tensor | None = None  # images at the end of the first step that is not finite, or infinity
-        self.steps, self.skipped, self.rate, self.waited = 0, 0, 0.0, 0.0
-        self.seconds, self.running = 0.0, 0.0
+        self.steps, self.skipped, self.rate = 0, 0, 0.0
+        self.timed, self.waited, self.seconds, self.running = 0, 0.0, 0.0, 0.0  # of the steps whose time counts
 
     def resume(self) -> None:
         """Training goes on: time counts until the step has been given to the device."""
@@ -53,7 +55,7 @@ class Meter:
 
     def step(self, norms: list[Tensor], rate: float, wait: float, images: int, taken: bool = True) -> None:
         """The step that ends with `images` seen; one that was not taken is left out of the means."""
-        self.rate, self.waited = rate, self.waited + wait
+        self.rate = rate
         if taken:
             norm = torch.stack([norm.detach() for norm in norms]).max()
             self.norms = norm if self.norms is None else self.norms + norm
@@ -63,7 +65,10 @@ class Meter:
                 self.sums[name] = self.sums[name] + part if name in self.sums else part
         self.steps, self.skipped = self.steps + 1, self.skipped + (not taken)
         self.step_sums = {}
-        self.seconds += time.monotonic() - self.running
+        if self.warm:  # the first one compiles, and loads its kernels: that is no training
+            self.timed, self.waited = self.timed + 1, self.waited + wait
+            self.seconds += time.monotonic() - self.running
+        self.warm = True
 
     def read(self, clock: Clock) -> dict[str, float]:
         """Means per step since the last reading, over all ranks.  Collective."""
@@ -77,8 +82,9 @@ class Meter:
         *values, waited, retried = vector.tolist()  # waits for the device: so the time counts as training
         first = math.inf if self.bad is None else float(self.bad)
         self.first_bad = int(first) if math.isfinite(first) else 0
-        seconds = self.seconds + time.monotonic() - began
-        images = self.steps * self.batch
+        seconds = self.seconds + time.monotonic() - began if self.timed else 0.0
+        images = self.timed * self.batch
+        clock.images += images
         clock.trained += max(seconds - waited, 0.0)
         clock.waited += waited
         taken = self.steps - self.skipped
@@ -86,8 +92,9 @@ class Meter:
         if self.norms is not None:
             figures["gradient_norm"] = float(self.norms) / taken
         figures["lr"] = self.rate
-        figures["images_per_second"] = images / max(seconds, 1e-9)
-        figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
+        if images:
+            figures["images_per_second"] = images / max(seconds, 1e-9)
+            figures["data_wait_percent"] = 100 * waited / max(seconds, 1e-9)
         if retried:  # of this attempt: where it rises, the store throttles, or the network fails
             figures["read_retries"] = retried
         self.reset()

@@ -1,4 +1,7 @@
-"""How a module computes on its device, and saying so: layout, TF32, compiling.  Nothing falls back in silence."""
+"""How a module computes on its device, and saying so: layout, TF32, compiling.
+
+With which kernel attention is computed is PyTorch's choice, call by call: here is said what it may choose.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from calotype.environment import Worker
 
 log = logging.getLogger(__name__)
 
-ATTENTION = {
+ATTENTION = {  # kernel -> whether it is allowed
     "flash": torch.backends.cuda.flash_sdp_enabled,
     "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
     "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
@@ -38,11 +41,12 @@ def choose(module: nn.Module, engine: config.Engine, worker: Worker) -> None:
 
 
 def said(engine: config.Engine, cuda: bool) -> str:
-    """The kernels that were chosen, in a line."""
+    """What was chosen, and what PyTorch may choose, in a line."""
     words = [f"{engine.precision} on fp32 weights" if engine.precision != "fp32" else "fp32"]
     if cuda:
         words.append(f"TF32 {'on' if engine.tf32 else 'off'}")
-        words.append(f"attention {' | '.join(name for name, on in ATTENTION.items() if on()) or 'math'} of PyTorch")
+        allowed = " | ".join(name for name, on in ATTENTION.items() if on())
+        words.append(f"attention of PyTorch, which may choose {allowed or 'math'}")
     else:
         words.append("attention of PyTorch")
     words.append("channels_last" if engine.channels_last else "channels first")

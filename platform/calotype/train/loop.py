@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ class Task:
         left_out: ids and reasons of samples that this rank's batches lack.
         retries: reads that this rank had to repeat so far.
         also: figures of rank 0 -> more of them.
+        spent: rank 0's account of time, kept in checkpoints.
+        resumed: is told the state of the checkpoint that the training goes on from, or {}.
         where: a position, in words.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
@@ -67,6 +70,8 @@ class Task:
     left_out: Callable[[], Mapping[str, str]] = dict
     retries: Callable[[], int] = int
     also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {}
+    spent: Callable[[], Mapping[str, float]] = dict
+    resumed: Callable[[Mapping[str, Any]], None] = lambda state: None
     where: Callable[[int], str] = "cursor {:,}".format
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
@@ -88,13 +93,15 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     settings, batch = config.train, config.train.batch
     micro = micro_batch(config, worker.world)
     state = resume(task.engines, task.where, worker, record)
-    images, clock = int(state["images"] if state else 0), Clock(state.get("trained", 0.0), state.get("waited", 0.0))
+    task.resumed(state)
+    images = int(state.get("images", 0))
+    clock = Clock(state.get("trained", 0.0), state.get("waited", 0.0), state.get("timed", images))
     began = runs.first_attempt_started(record) if record else time.time()
     meter = Meter(worker, batch, task.engines, task.retries)
     left_out = LeftOut(worker, config, record, task.left_out, state.get("left_out", {}))
     guard = Guard(settings, worker, task.engines, record, state.get("guard", {}))
     figures: dict[str, Any] = dict(state.get("figures", {}))
-    start = images
+    start, validated = images, 0  # images at the last validation of this attempt; `figures` may hold an older one's
 
     def due(every: int) -> bool:
         return images > start and every > 0 and images // every > (images - batch) // every
@@ -121,6 +128,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
                 worker.beat("validates", images)
                 fresh.update(task.validate())
+                validated = images
             if images > start and (due(settings.sample_every) or (done and settings.sample_every)):
                 worker.beat("draws", images)
                 picture = task.draw()
@@ -137,6 +145,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
                 also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
+                also |= {"validated": validated, "spent": dict(task.spent())}
                 saving.begin(images, clock, figures, also)
             show(images, figures)
             if ending:
@@ -164,7 +173,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             meter.step(norms, rate, wait, images, guard.taken)
 
     seconds = max(clock.trained + clock.waited, 1e-9)
-    overall = {"images_per_second": images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
+    overall = {"images_per_second": clock.images / seconds, "data_wait_percent": 100 * clock.waited / seconds}
     return {**figures, **overall, "images": images, "stopped": images < settings.images}
 
 
@@ -172,14 +181,21 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
 def tracking(
     task: Task, config: Any, worker: Worker, record: runs.Record | None, state: Mapping[str, Any]
 ) -> Iterator[track.Tracker | None]:
-    """Rank 0's tracker, with the points that were unsent at the checkpoint; delivers at the end, whatever it is."""
-    if record is None or worker.rank:
+    """Rank 0's tracker, with the points that were unsent at the checkpoint; delivers at the end, whatever it is.
+
+    The first rank of every other node has one too, for the figures of its machine and nothing else.
+    """
+    if record is None or worker.local_rank:
         yield None
         return
-    tracker = track.attach(config, record, state.get("unsent", ()))
+    if worker.rank:
+        tracker = track.attach(config, record, (), f"node-{socket.gethostname()}")
+    else:
+        tracker = track.attach(config, record, state.get("unsent", ()))
     try:
-        task.begin(tracker)
-        yield tracker
+        if worker.rank == 0:
+            task.begin(tracker)
+        yield None if worker.rank else tracker
     finally:
         tracker.finish()
 

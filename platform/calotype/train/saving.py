@@ -99,12 +99,13 @@ class Saving:
         for name, engine in self.engines.items():
             copied[name], scalars[name] = engine.share()
         state = {
-            "images": images,
-            "position": images,
+            "identity": self.record.identity,
+            "images": images,  # also the position in the stream
             "engines": scalars,
             "seed": self.config.seed,  # all randomness is keyed by it and the position: no generator has a state
             "trained": clock.trained,
             "waited": clock.waited,
+            "timed": clock.images,
             "figures": dict(figures),
             "config": digest_of(identity_fields(self.config)),
             "world": self.worker.world,
@@ -249,6 +250,17 @@ def saves(
         saving.close()
 
 
+def check_ours(saved: checkpoint.Checkpoint, record: runs.Record) -> None:
+    """Refuse weights and a position of another run; older versions wrote down no identity."""
+    owner = saved.state.get("identity", record.identity)
+    if owner != record.identity:
+        uri = record.artifacts.at(checkpoint.FOLDER, f"{saved.images:012d}").uri
+        raise CalotypeError(
+            f"{uri} is a checkpoint of run {owner[:8]}, not of {record.name} ({record.identity[:8]}): move it away, or "
+            "start from its weights with denoiser.init_from"
+        )
+
+
 def resume(
     engines: Mapping[str, Engine], where: Callable[[int], str], worker: Worker, record: runs.Record | None
 ) -> dict[str, Any]:
@@ -259,6 +271,7 @@ def resume(
 
     Raises:
         DataError: there are some, and none is whole.
+        CalotypeError: one is another run's; nothing is deleted.
     """
     if record is None:
         return {}
@@ -271,6 +284,7 @@ def resume(
             with checkpoint.opened(record.artifacts, images, needed=needed) as saved:
                 if agree(worker, False):
                     continue
+                check_ours(saved, record)
                 for name, engine in engines.items():
                     kinds = [kind for kind in saved.tensors if kind.startswith(f"{name}.")]
                     states = {kind.removeprefix(f"{name}."): saved.tensors[kind] for kind in kinds}
