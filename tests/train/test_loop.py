@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
@@ -18,9 +19,9 @@ import pytest
 import torch
 from calotype import config
 from calotype.data.draws import philox
-from calotype.data.files import FolderStore
+from calotype.data.files import FolderStore, Missing
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, DataError, Unreachable
 from calotype.runs import Record
 from calotype.track import Tracker
 from calotype.train import checkpoint, loop
@@ -272,6 +273,45 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(
         record.artifacts.write(entry.key, b"no")
     with pytest.raises(DataError):
         loop.run(task(made), made, Worker(), record)
+
+
+@pytest.mark.parametrize("fault", ["flip", "404", "ESTALE", "listing"])
+def test_a_read_that_fails_once_costs_no_checkpoint(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """What breaks on its way is read again; a disk that fails is no damage, and another attempt may find it back."""
+    made = settings(images=4 * BATCH, checkpoint_every=2 * BATCH)
+    loop.run(task(made), made, Worker(), record)
+    real, left = FolderStore.read, [1]
+
+    def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        data = real(self, key, start, length)
+        if ".exp_avg_sq" in key and left and fault != "listing":
+            left.pop()
+            if fault == "ESTALE":
+                raise DataError(f"{key} cannot be read") from OSError(errno.ESTALE, "stale file handle")
+            if fault == "404":
+                raise Missing(key)
+            return data[:-1] + bytes([data[-1] ^ 1])
+        return data
+
+    def fail(self: FolderStore, prefix: str = "") -> Any:
+        raise DataError("it cannot be listed") from OSError(errno.EIO, "input/output error")
+
+    again = settings(images=5 * BATCH, checkpoint_every=2 * BATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "read", read)
+        if fault == "listing":
+            patch.setattr(FolderStore, "list", fail)
+        if fault in ("ESTALE", "listing"):
+            with pytest.raises(Unreachable):
+                loop.run(task(again), again, Worker(), record)
+        else:
+            seen: list[int] = []
+            loop.run(task(again, seen=seen), again, Worker(), record)
+            assert seen[0] == 4 * BATCH
+            assert not left
+    assert {2 * BATCH, 4 * BATCH} <= set(checkpoint.committed(record.artifacts))
 
 
 def test_errors_of_the_thread_that_prepares_are_raised(record: Record, notes: Notes) -> None:

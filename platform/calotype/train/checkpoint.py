@@ -14,29 +14,36 @@ whole parameters: such checkpoints are read for ever.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from calotype.data.store import Missing, Store
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, DataError, Unreachable
 
 if TYPE_CHECKING:  # this page is also read at submit, where torch is not
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 FORMAT, FIRST_FORMAT = "calotype.checkpoint/2", "calotype.checkpoint/1"
 FOLDER, COMMIT = "checkpoints", "COMMIT.json"
 BUFFERS = "buffers"  # a kind of its own: the weights and their averages have them in common
 BLOCK = 2**24  # bytes per read
 FETCHED = 4  # files that are downloaded at once
+# What a read that fails so says nothing of: the bytes may be whole.
+AWAY = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT)
 
 Piece = tuple[str, int, int]  # (parameter, its first element here, how many)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Checkpoint:
 
 def committed(store: Store) -> list[int]:
     """Images seen of every committed checkpoint, rising."""
-    found = (entry.key.split("/") for entry in store.list(f"{FOLDER}/"))
+    with _reached():
+        found = [entry.key.split("/") for entry in store.list(f"{FOLDER}/")]
     return sorted(int(parts[1]) for parts in found if len(parts) == 3 and parts[2] == COMMIT and parts[1].isdigit())
 
 
@@ -99,7 +107,8 @@ def opened(
             need not download what others hold.
 
     Raises:
-        DataError: there is no such checkpoint, or its bytes are not what was committed; names the file.
+        DataError: there is no such checkpoint, or its bytes are not what was committed, twice; names the file.
+        Unreachable: it could not be read, which says nothing of its bytes.
         CalotypeError: it is of a format that came later.
     """
     commit, _ = _commit(store, images)
@@ -108,7 +117,7 @@ def opened(
         folder = Path(name)
 
         def fetched(key: str) -> Path:
-            _fetch(place, key, commit["files"][key], folder / key)
+            _twice(lambda: _fetch(place, key, commit["files"][key], folder / key))
             return folder / key
 
         plain = {key.split("-")[0]: json.loads(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
@@ -230,6 +239,15 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
         place.delete(key)
 
 
+def damaged(store: Store, images: int) -> bool:
+    """Whether it is, all of it read anew: what one rank met may have been its own machine's fault."""
+    try:
+        with opened(store, images):
+            return False
+    except DataError:
+        return True
+
+
 def discard(store: Store, images: int) -> None:
     """Delete a checkpoint, commit first; one that is damaged would stand in the way of the same images saved anew."""
     place = store.at(FOLDER, f"{images:012d}")
@@ -272,10 +290,35 @@ def _tensor_files(commit: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Raises Unreachable where a disk, a mount or a permission failed: the bytes may be whole, and come later."""
+    try:
+        yield
+    except CalotypeError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in AWAY:
+            raise Unreachable(str(error)) from error
+        raise
+
+
+def _twice(read: Callable[[], T], level: int = logging.WARNING) -> T:
+    """What is wrong with bytes may have come about on their way: they are read once more."""
+    try:
+        return read()
+    except DataError as error:
+        log.log(level, "%s: it is read once more", error)
+        return read()
+
+
 def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
+    return _twice(lambda: _read_commit(store, images), logging.DEBUG)  # often a user asks for what never was
+
+
+def _read_commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
     where = f"{store.uri}/{FOLDER}/{images:012d}"
     try:
-        data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
+        with _reached():
+            data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
         commit = json.loads(data)
     except Missing:
         raise DataError(f"{where} is no checkpoint: it was never committed (committed are "
@@ -296,7 +339,8 @@ def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         for start in range(0, int(row["bytes"]), BLOCK):
             try:
-                data = place.read(key, start, min(BLOCK, row["bytes"] - start))
+                with _reached():
+                    data = place.read(key, start, min(BLOCK, row["bytes"] - start))
             except Missing:
                 data = b""
             digest.update(data)

@@ -259,6 +259,7 @@ def resume(
 
     Raises:
         DataError: there are some, and none is whole.
+        Unreachable: one could not be read, which another attempt may.
     """
     if record is None:
         return {}
@@ -281,9 +282,12 @@ def resume(
             continue
         if worker.rank == 0:
             log.info("resumes at %s images (%s)", f"{images:,}", where(images))
-            for damaged in (other for other in found[0] if other > images):
-                record.check_current()
-                checkpoint.discard(record.artifacts, damaged)
+            for other in (other for other in found[0] if other > images):
+                if checkpoint.damaged(record.artifacts, other):  # not only for another rank, or for a moment
+                    record.check_current()
+                    checkpoint.discard(record.artifacts, other)
+                else:
+                    log.warning("the checkpoint of %s images is whole: it is kept", f"{other:,}")
         return saved.state
     if found[0]:
         raise DataError(f"none of the checkpoints under {record.artifacts.uri} is whole: remove them to start anew")
