@@ -123,6 +123,45 @@ def test_a_commit_that_names_other_files_touches_none(store: Store, tmp_path: Pa
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"[]", b"null", b"{}", b"[" * 100_000, {"format": "other"}, {"files": None}, {"files": {}}, {"files": {"a": 1}},
+        {"": {"bytes": 10**18, "sha256": ""}}, {"a\0.json": {"bytes": 1, "sha256": ""}},
+        {"net": {"bytes": 1, "sha256": ""}}, {"net.ema-00000-0001-1.safetensors": {"bytes": -1, "sha256": ""}},
+        {"net.ema-00000-00009-1.safetensors": {"bytes": 1, "sha256": ""}},
+    ],
+)  # fmt: skip
+def test_a_commit_that_is_json_but_none_is_damage(store: Store, change: Any) -> None:
+    save(store, 640, tensors(), {})
+    key = "checkpoints/000000000640/COMMIT.json"
+    commit = json.loads(store.read(key))
+    if isinstance(change, bytes):
+        store.write(key, change)
+    else:
+        changed = change if change.keys() <= commit.keys() else {"files": commit["files"] | change}
+        store.write(key, json.dumps(commit | changed).encode())
+    with pytest.raises(DataError), checkpoint.opened(store, 640):
+        pass
+
+
+@pytest.mark.parametrize("change", [None, [], {"shapes": {}}, {"pieces": {"net": {}}}, {"pieces": {"net": 7}}, 10**6])
+def test_an_index_that_does_not_fit_is_damage(store: Store, change: Any) -> None:
+    save(store, 640, tensors(), {})
+    key, place = "checkpoints/000000000640/COMMIT.json", store.at("checkpoints", f"{640:012d}")
+    commit = json.loads(store.read(key))
+    name = next(name for name in commit["files"] if name.startswith("index"))
+    index = json.loads(place.read(name))
+    if change == 10**6:
+        index["pieces"]["net"]["00000-00000"][0][2] = change
+    data = json.dumps(index | change if isinstance(change, dict) else index if change else change).encode()
+    place.write(name, data)
+    commit["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    store.write(key, json.dumps(commit).encode())
+    with pytest.raises(DataError, match="does not describe it"), checkpoint.opened(store, 640):
+        pass
+
+
 def test_one_without_commit_is_never_selected(store: Store) -> None:
     save(store, 640, tensors(), {})
     save(store, 1280, tensors(1), {})

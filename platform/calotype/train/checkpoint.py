@@ -120,7 +120,9 @@ def opened(
             _twice(lambda: _fetch(place, key, commit["files"][key], folder / key))
             return folder / key
 
-        plain = {key.split("-")[0]: json.loads(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
+        plain = {key.split("-")[0]: _parsed(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
+        if not _is_content(commit, plain):
+            raise DataError(f"{place.uri}: its index or state does not describe it; choose another checkpoint")
         index = plain.get("index")  # format 1 has none
         missed = _missed(index["pieces"], needed) if index and needed is not None else set()
         files: dict[str, dict[str, Path]] = {}  # kind -> which part -> file
@@ -319,19 +321,63 @@ def _read_commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
     try:
         with _reached():
             data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
-        commit = json.loads(data)
     except Missing:
         raise DataError(f"{where} is no checkpoint: it was never committed (committed are "
                         f"{', '.join(map(str, committed(store))) or 'none'})") from None  # fmt: skip
-    except ValueError:
-        raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint") from None
-    if any("/" in key or key.startswith(".") for key in commit.get("files", ())):  # they become files here
+    commit = _parsed(data)
+    made, files = (commit.get("format"), commit.get("files")) if isinstance(commit, dict) else (None, None)
+    if isinstance(files, dict) and any("/" in key or key.startswith(".") for key in files):  # they become files here
         raise DataError(f"{where}/{COMMIT} names files outside its folder: choose another checkpoint")
-    if commit.get("format") not in (FORMAT, FIRST_FORMAT):
-        raise CalotypeError(
-            f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT} and before: use a newer one"
-        )
+    if isinstance(made, str) and made.startswith(f"{FORMAT.partition('/')[0]}/") and made not in (FORMAT, FIRST_FORMAT):
+        raise CalotypeError(f"{where} is of format {made!r}, this Calotype reads {FORMAT} and before: use a newer one")
+    if not _is_commit(commit):
+        raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint")
     return commit, data
+
+
+def _parsed(data: bytes) -> Any:
+    """None for what is not JSON, or too deep."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_commit(commit: Any) -> bool:
+    """Whether it is one of a format that is read here."""
+    if not isinstance(commit, dict) or commit.get("format") not in (FORMAT, FIRST_FORMAT):
+        return False
+    files = commit.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(row, dict) and type(row.get("bytes")) is int and row["bytes"] >= 0 and type(row.get("sha256")) is str
+        for row in files.values()
+    ):
+        return False
+    plain = sorted(key.partition("-")[0] for key in files if _is_plain(key))
+    named = (key.rsplit("-", 3 if commit["format"] == FORMAT else 2) for key in files if not _is_plain(key))
+    return (
+        plain == (["index", "state"] if commit["format"] == FORMAT else ["state"])
+        and all("." in kind and len(part) == (3 if commit["format"] == FORMAT else 2) for kind, *part in named)
+        and all(key.isprintable() for key in files)
+    )
+
+
+def _is_content(commit: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
+    """Whether state and index are such, and the index knows each part that holds pieces of parameters."""
+    if not all(isinstance(part, dict) for part in plain.values()):
+        return False
+    if (index := plain.get("index")) is None:
+        return True
+    try:
+        for engine, parts in index["pieces"].items():
+            sizes = {name: prod(shape) for name, shape in index["shapes"][engine].items()}
+            for name, begin, count in (piece for part in parts.values() for piece in part):
+                if not 0 <= begin < begin + count <= sizes[name]:
+                    return False
+        parts = ((kind, part) for kind, part in _tensor_files(commit).values() if not kind.endswith(f".{BUFFERS}"))
+        return all(part in index["pieces"][_engine(kind)] for kind, part in parts)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
@@ -345,5 +391,7 @@ def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
                 data = b""
             digest.update(data)
             file.write(data)
+            if len(data) < min(BLOCK, row["bytes"] - start):
+                break  # it ends there, whatever the commit says
     if digest.hexdigest() != row["sha256"]:
         raise DataError(f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint")

@@ -249,6 +249,13 @@ def saves(
         saving.close()
 
 
+def _check_state(saved: checkpoint.Checkpoint, engines: Mapping[str, Engine], record: runs.Record) -> None:
+    scalars = saved.state.get("engines")
+    known = isinstance(scalars, dict) and engines.keys() <= scalars.keys()
+    if not known or type(saved.state.get("images")) is not int:
+        raise DataError(f"the state of the checkpoint of {saved.images} images of {record.artifacts.uri} is damaged")
+
+
 def resume(
     engines: Mapping[str, Engine], where: Callable[[int], str], worker: Worker, record: runs.Record | None
 ) -> dict[str, Any]:
@@ -270,6 +277,7 @@ def resume(
     for images in reversed(found[0]):
         try:
             with checkpoint.opened(record.artifacts, images, needed=needed) as saved:
+                _check_state(saved, engines, record)
                 if agree(worker, False):
                     continue
                 for name, engine in engines.items():
