@@ -8,6 +8,7 @@ how they fared is agreed on by the training threads, between two steps.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import secrets
@@ -22,7 +23,7 @@ from calotype import runs
 from calotype.compose import digest_of, identity_fields
 from calotype.data.store import Store
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, DataError, Unreachable
 from calotype.train import checkpoint, shares
 from calotype.train.engine import Engine
 from calotype.train.figures import Clock, agree
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 ENDING = 30.0  # seconds that a save has to end when the training fails
 SHARED = 120.0  # seconds until files that another machine has written are seen: shared folders may be slow to show them
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what no time heals; a mount may come back
 LISTS = 0.05, 5.0  # seconds between two looks for the other ranks' lists, at first and at most
 
 
@@ -194,9 +196,11 @@ class Saving:
                 shares.commit(store, images, shapes, parts, state, self.record.check_current)
                 checkpoint.forget(store, images, self.config.train.keep, self.config.train.keep_every)
         except OSError as error:
+            what = f"{place.uri} cannot be written ({error.strerror or error}): it was not committed"
+            if error.errno not in FULL:
+                raise Unreachable(what) from error
             raise CalotypeError(
-                f"{place.uri} cannot be written ({error.strerror}): it was not committed; make room there, and the "
-                "same command goes on from the checkpoint before"
+                f"{what}; make room there, and the same command goes on from the checkpoint before"
             ) from error
         flight.figures = stalls | {"checkpoint_seconds": time.monotonic() - began}
 
