@@ -227,6 +227,8 @@ def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
         value = torch.tensor([float(worker.rank + 1)])
         dist.all_reduce(value)
         total += float(value)
+    groups = [dist.group.WORLD, dist.new_group(ranks=range(worker.world))]  # the second as DeepSpeed makes its own
+    days = {group._get_backend(torch.device("cpu")).options._timeout.days for group in groups}  # type: ignore[union-attr]
     same = os.environ["RANK"] == str(worker.rank) and os.environ["WORLD_SIZE"] == str(worker.world)
     return {
         "total": total,
@@ -234,12 +236,13 @@ def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
         "same": same,
         "threads": torch.get_num_threads(),
         "name": record.name,
+        "days": days,
     }
 
 
 def test_a_killed_rank_is_replaced(cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = spread.train(summed, config(str(tmp_path), workers=2), RECORD)
-    assert result == {"total": 12.0, "world": 2, "same": True, "threads": 1, "name": "x"}
+    assert result == {"total": 12.0, "world": 2, "same": True, "threads": 1, "name": "x", "days": {7}}
     assert (tmp_path / "killed").exists()
     (said,) = [one.getMessage() for one in caplog.records if one.name == "calotype.cluster.ranks"]
     assert "rank 1 died before its first step (a worker died): failure 1 of this job" in said
