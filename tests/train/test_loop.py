@@ -255,6 +255,26 @@ def test_signs_of_life_at_every_step_and_what_takes_longer(record: Record, notes
     ]  # fmt: skip
 
 
+def test_a_new_shape_of_batch_may_compile_longer_than_a_step_takes(record: Record, notes: Notes) -> None:
+    """As encoding.bucket_step makes some; the step of this task is not compiled really."""
+    made = settings(images=5 * BATCH)
+    plain = task(made)
+    told: list[tuple[str, int]] = []
+
+    def prepare(batch: Any) -> dict[str, torch.Tensor]:
+        wide = batch.positions[0] >= 2 * BATCH
+        return {**plain.prepare(batch), "size": torch.zeros(BATCH, 2 if wide else 1)}
+
+    worker = Worker(beat=lambda phase, images: told.append((phase, images)))
+    for kind, wanted in (("none", []), ("default", [("compiles", 0), ("compiles", 16)])):
+        told.clear()
+        compiled = replace(made, engine=config.Engine(kind="torch", compile=kind))
+        loop.run(replace(plain, prepare=prepare), compiled, worker)
+        assert [one for one in told if one[0] == "compiles"] == wanted
+    assert told[:2] == [("starts", 0), ("compiles", 0)]
+    assert told[3:6] == [("steps", 16), ("compiles", 16), ("steps", 24)]
+
+
 def test_a_damaged_newest_checkpoint_costs_one_interval(
     record: Record, notes: Notes, caplog: pytest.LogCaptureFixture
 ) -> None:

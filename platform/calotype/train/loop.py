@@ -99,7 +99,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     def due(every: int) -> bool:
         return images > start and every > 0 and images // every > (images - batch) // every
 
-    asked = Asked(worker)
+    asked, shapes = Asked(worker), set[Any]()  # of batches: each new one compiles anew
 
     with (
         tracking(task, config, worker, record, state) as tracker,
@@ -150,6 +150,10 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             worker.beat("steps" if images > start else "starts", images)
             meter.resume()  # the clock of training runs from here
             rows, keys, wait = next(batches)
+            shape = tuple(sorted((name, tuple(value.shape)) for name, value in rows.items()))
+            if config.engine.compile != "none" and shape not in shapes:
+                worker.beat("compiles", images)  # which may take minutes, and is no hang
+                shapes.add(shape)
             torch.manual_seed(digest_seed(config.seed, images, worker.rank))  # dropout: no state to keep
             images += batch
             for first in range(0, micro * accumulation(micro, batch, worker.world), micro):
