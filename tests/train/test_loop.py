@@ -192,8 +192,11 @@ def test_stop_saves_and_returns(record: Record, notes: Notes) -> None:
 @pytest.mark.parametrize("log_every", [1, 10**9])
 def test_nan_stops_with_evidence_and_saves_nothing(record: Record, notes: Notes, log_every: int) -> None:
     made = settings(images=20 * BATCH, checkpoint_every=5 * BATCH, log_every=log_every)
+    told: list[tuple[str, int]] = []
+    worker = Worker(beat=lambda phase, images: told.append((phase, images)))
     with pytest.raises(CalotypeError, match=r"loss.*not finite.*nothing was saved since 40 images.*optim\.lr"):
-        loop.run(task(made, poison=6 * BATCH + 3), made, Worker(), record)
+        loop.run(task(made, poison=6 * BATCH + 3), made, worker, record)
+    assert told[-1] == ("saves", 7 * BATCH if log_every == 1 else 10 * BATCH)  # the save on its way is waited for
     assert checkpoint.committed(record.artifacts) == [5 * BATCH]
     assert notes.finished == 1
     kept = json.loads(record.artifacts.read("evidence/000000000056.json"))  # of the step, however rare the log is

@@ -115,7 +115,9 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 fresh = meter.read(clock) | left_out.read() | guard.figures()
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 if saving:  # what fails now must not lose the checkpoint before
-                    fresh |= saving.check(wait=not all(map(math.isfinite, fresh.values())))
+                    if bad := not all(map(math.isfinite, fresh.values())):
+                        worker.beat("saves", images)
+                    fresh |= saving.check(wait=bad)
                 fresh.update(task.also(fresh))
                 guard.check(fresh, images, meter.first_bad)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
