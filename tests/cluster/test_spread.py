@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import failures, nodes, spread, units, watch, workers
+from calotype.cluster import failures, nodes, ranks, room, spread, units, watch, workers
 from calotype.config import Cluster, Data, Prepare
 from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError, DataError, Unreachable
@@ -274,8 +274,25 @@ def stoppable(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]
     return {"stopped": worker.stop()}
 
 
+def busy(real: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but the head answers every other time."""
+    count = iter(range(10**6))
+
+    def call(*words: Any, **more: Any) -> Any:
+        if next(count) % 2 == 0:
+            raise ConnectionError("the head is busy")
+        return real(*words, **more)
+
+    return call
+
+
 @pytest.mark.parametrize("kind", ["local", "ray"])
-def test_a_signal_asks_the_body_to_stop(cluster: None, tmp_path: Path, kind: str) -> None:
+def test_a_signal_asks_the_body_to_stop(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for name in ("put", "get", "forget"):
+        monkeypatch.setattr(ranks, name, busy(getattr(ranks, name)))
+
     def ask() -> None:
         until = time.monotonic() + 60
         while not (tmp_path / "ready").exists() and time.monotonic() < until:
@@ -286,6 +303,19 @@ def test_a_signal_asks_the_body_to_stop(cluster: None, tmp_path: Path, kind: str
     thread.start()
     assert spread.train(stoppable, config(str(tmp_path), kind=kind), RECORD) == {"stopped": True}
     thread.join()
+
+
+def test_a_head_that_is_busy_is_asked_for_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, told = threading.Event(), iter(("busy", "busy", "busy"))
+
+    def draining() -> Any:
+        if next(told, "") != "busy":
+            asked.set()
+        raise ConnectionError("the head is busy")
+
+    monkeypatch.setattr(room, "POLL", 0.01)
+    monkeypatch.setattr(room, "draining", draining)
+    assert room.room_for(Cluster(workers=[1, 2]), asked) == 0
 
 
 def poisoned(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
