@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -101,6 +102,30 @@ def test_only_what_is_needed_is_read(store: Store) -> None:
         checkpoint.opened(store, 640, needed={"net": [("a.weight", 0, 1)]}),
     ):
         pass
+
+
+def test_a_reader_that_is_killed_leaves_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL, of a real process, while it downloads and while it holds what it has opened."""
+    save(store, 640, tensors(), {})
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    real = FolderStore.read
+
+    def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if ".exp_avg" in key and early:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, key, start, length)
+
+    for early in (True, False):
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr(FolderStore, "read", read)
+            with checkpoint.opened(store, 640) as found:
+                assert found.tensors["net.ema"]["a.weight"].isfinite().all()
+                os.kill(os.getpid(), signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_big_states_are_split_over_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from calotype.data.store import Missing, Store
 from calotype.errors import CalotypeError, DataError, Unreachable
@@ -99,7 +98,7 @@ def opened(
     kinds: tuple[str, ...] | None = None,
     needed: Mapping[str, Sequence[Piece]] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Download and verify; the files live as long as the context.
+    """Download and verify, to files without a name: nothing stays on disk, however this process ends.
 
     Args:
         kinds: only these of "<engine>.<kind>"; all if None.
@@ -113,37 +112,49 @@ def opened(
     """
     commit, _ = _commit(store, images)
     place = store.at(FOLDER, f"{images:012d}")
-    with tempfile.TemporaryDirectory(prefix="calotype-") as name:
-        folder = Path(name)
 
-        def fetched(key: str) -> Path:
-            _twice(lambda: _fetch(place, key, commit["files"][key], folder / key))
-            return folder / key
 
-        plain = {key.split("-")[0]: _parsed(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
-        if not _is_content(commit, plain):
-            raise DataError(f"{place.uri}: its index or state does not describe it; choose another checkpoint")
-        index = plain.get("index")  # format 1 has none
-        missed = _missed(index["pieces"], needed) if index and needed is not None else set()
-        files: dict[str, dict[str, Path]] = {}  # kind -> which part -> file
-        for key, (kind, part) in _tensor_files(commit).items():
-            shared = kind.endswith(f".{BUFFERS}")
-            if kinds is None or kind in kinds or (kinds and shared):
-                paths = files.setdefault(kind, {})
-                if shared or (_engine(kind), part) not in missed:
-                    paths[part] = folder / key
-        with ThreadPoolExecutor(FETCHED) as pool:
-            list(pool.map(fetched, [path.name for paths in files.values() for path in paths.values()]))
-        buffers = {kind: _Whole(files.pop(kind).values()) for kind in list(files) if kind.endswith(f".{BUFFERS}")}
-        tensors: dict[str, Mapping[str, Tensor]] = {}
-        for kind, paths in files.items():
-            engine = _engine(kind)
-            if index:
-                also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
-                tensors[kind] = _Pieced(index["shapes"][engine], index["pieces"][engine], paths, also)
-            else:
-                tensors[kind] = _Whole(paths.values())
-        yield Checkpoint(images, plain["state"], tensors)
+    def fetched(key: str) -> BinaryIO:
+        return _twice(lambda: _fetched(place, key, commit["files"][key]))
+
+    def parsed(key: str) -> Any:
+        with fetched(key) as file:
+            return _parsed(file.read())
+
+    def mapped(key: str) -> Any:
+        from safetensors import safe_open
+
+        with fetched(key) as file:
+            return safe_open(f"/dev/fd/{file.fileno()}", framework="pt")  # the mapping outlives the file
+
+    plain = {key.split("-")[0]: parsed(key) for key in commit["files"] if _is_plain(key)}
+    if not _is_content(commit, plain):
+        raise DataError(f"{place.uri}: its index or state does not describe it; choose another checkpoint")
+    index = plain.get("index")  # format 1 has none
+    missed = _missed(index["pieces"], needed) if index and needed is not None else set()
+    keys: dict[str, dict[str, str]] = {}  # kind -> which part -> key
+    for key, (kind, part) in _tensor_files(commit).items():
+        shared = kind.endswith(f".{BUFFERS}")
+        if kinds is None or kind in kinds or (kinds and shared):
+            parts = keys.setdefault(kind, {})
+            if shared or (_engine(kind), part) not in missed:
+                parts[part] = key
+    wanted = [key for parts in keys.values() for key in parts.values()]
+    with ThreadPoolExecutor(FETCHED) as pool:
+        files = dict(zip(wanted, pool.map(mapped, wanted), strict=True))
+    wholes = {kind: _Whole(files[key] for key in parts.values()) for kind, parts in keys.items()}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for kind, parts in keys.items():
+        if kind.endswith(f".{BUFFERS}"):
+            continue
+        engine = _engine(kind)
+        if index:
+            also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else wholes.get(f"{engine}.{BUFFERS}", {})
+            pieces = {part: _Whole([files[key]]) for part, key in parts.items()}
+            tensors[kind] = _Pieced(index["shapes"][engine], index["pieces"][engine], pieces, also)
+        else:
+            tensors[kind] = wholes[kind]
+    yield Checkpoint(images, plain["state"], tensors)
 
 
 def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: int = 0) -> dict[str, Tensor]:
@@ -170,14 +181,12 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
 class _Whole(Mapping[str, "Tensor"]):
     """Tensors of some safetensors files, read one at a time: a rank keeps only its share of a model."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        from safetensors import safe_open
-
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    def __init__(self, files: Iterable[Any]) -> None:
+        self._where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -193,13 +202,12 @@ class _Pieced(Mapping[str, "Tensor"]):
         self,
         shapes: Mapping[str, Sequence[int]],
         pieces: Mapping[str, Sequence[Piece]],
-        paths: Mapping[str, Path],
+        files: Mapping[str, _Whole],
         buffers: Mapping[str, Tensor],
     ) -> None:
         self._shapes, self._buffers = shapes, buffers
         self._where: dict[str, list[tuple[int, int, _Whole]]] = {name: [] for name in shapes}
-        for part, path in paths.items():
-            file = _Whole([path])
+        for part, file in files.items():
             for name, begin, count in pieces[part]:
                 self._where[name].append((begin, count, file))
 
@@ -380,9 +388,11 @@ def _is_content(commit: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
         return False
 
 
-def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
+def _fetched(place: Store, key: str, row: Mapping[str, Any]) -> BinaryIO:
+    """One file, verified."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with contextlib.ExitStack() as opened_here:
+        file = opened_here.enter_context(tempfile.TemporaryFile())
         for start in range(0, int(row["bytes"]), BLOCK):
             try:
                 with _reached():
@@ -393,5 +403,10 @@ def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
             file.write(data)
             if len(data) < min(BLOCK, row["bytes"] - start):
                 break  # it ends there, whatever the commit says
-    if digest.hexdigest() != row["sha256"]:
-        raise DataError(f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint")
+        if digest.hexdigest() != row["sha256"]:
+            raise DataError(
+                f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint"
+            )
+        file.seek(0)
+        opened_here.pop_all()  # it is the caller's
+        return file
