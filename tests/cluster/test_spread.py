@@ -227,8 +227,8 @@ def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
         value = torch.tensor([float(worker.rank + 1)])
         dist.all_reduce(value)
         total += float(value)
-    groups = [dist.group.WORLD, dist.new_group(ranks=range(worker.world))]  # the second as DeepSpeed makes its own
-    days = {group._get_backend(torch.device("cpu")).options._timeout.days for group in groups}  # type: ignore[union-attr]
+    groups: list[Any] = [dist.group.WORLD, dist.new_group(ranks=range(worker.world))]  # and as DeepSpeed makes its own
+    days = {group._get_backend(torch.device("cpu")).options._timeout.days for group in groups}
     same = os.environ["RANK"] == str(worker.rank) and os.environ["WORLD_SIZE"] == str(worker.world)
     return {
         "total": total,

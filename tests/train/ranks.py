@@ -15,7 +15,7 @@ import torch.distributed as dist
 from calotype import config
 from calotype.data.files import FolderStore
 from calotype.environment import Worker
-from calotype.errors import Unreachable
+from calotype.errors import CalotypeError
 from calotype.runs import Record
 from calotype.train.engine import Engine
 from calotype.train.figures import Clock
@@ -83,15 +83,15 @@ def error(folder: str, worker: Worker) -> None:
 
     def publish(self: FolderStore, key: str, data: Any) -> bool:
         if worker.rank == 1 and key.startswith("net.weights"):
-            raise Unreachable("the bucket is gone")
+            raise CalotypeError("the bucket is gone")
         return real(self, key, data)
 
     FolderStore.publish = publish  # type: ignore[method-assign]
     saves.begin(32, Clock(), {}, ALSO)
     try:
         saves.check(wait=True)
-    except Unreachable as raised:
-        print(f"Unreachable: {raised}", flush=True)
+    except CalotypeError as raised:
+        print(f"CalotypeError: {raised}", flush=True)
 
     def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
         wrong = worker.rank == 1 and self.path.name == f"{24:012d}" and key.startswith("net.ema")

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from calotype.data.store import Missing, Store
 from calotype.errors import CalotypeError, DataError, Unreachable
+from calotype.train.whole import Pieced, Whole
 
 if TYPE_CHECKING:  # this page is also read at submit, where torch is not
     from torch import Tensor
@@ -142,19 +143,23 @@ def opened(
     wanted = [key for parts in keys.values() for key in parts.values()]
     with ThreadPoolExecutor(FETCHED) as pool:
         files = dict(zip(wanted, pool.map(mapped, wanted), strict=True))
-    wholes = {kind: _Whole(files[key] for key in parts.values()) for kind, parts in keys.items()}
+    held = {kind: {part: files[key] for part, key in parts.items()} for kind, parts in keys.items()}
+    yield Checkpoint(images, plain["state"], _tensors(held, index))
+
+
+def _tensors(held: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any] | None) -> dict[str, Mapping[str, Tensor]]:
+    """Kind -> which part -> open file => kind -> parameters; without the kinds of buffers, which lie among them."""
+    buffers = {kind: Whole(parts.values()) for kind, parts in held.items() if kind.endswith(f".{BUFFERS}")}
     tensors: dict[str, Mapping[str, Tensor]] = {}
-    for kind, parts in keys.items():
-        if kind.endswith(f".{BUFFERS}"):
-            continue
+    for kind in held.keys() - buffers.keys():
         engine = _engine(kind)
         if index:
-            also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else wholes.get(f"{engine}.{BUFFERS}", {})
-            pieces = {part: _Whole([files[key]]) for part, key in parts.items()}
-            tensors[kind] = _Pieced(index["shapes"][engine], index["pieces"][engine], pieces, also)
+            also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
+            pieces = {part: Whole([file]) for part, file in held[kind].items()}
+            tensors[kind] = Pieced(index["shapes"][engine], index["pieces"][engine], pieces, also)
         else:
-            tensors[kind] = wholes[kind]
-    yield Checkpoint(images, plain["state"], tensors)
+            tensors[kind] = Whole(held[kind].values())
+    return tensors
 
 
 def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: int = 0) -> dict[str, Tensor]:
@@ -176,57 +181,6 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
         raise DataError(f"{store.uri}/{FOLDER}/{images:012d} holds no {kind} (further averages: {others or 'none'})")
     with opened(store, images, (kind,)) as found:
         return {name: tensor.clone() for name, tensor in found.tensors[kind].items()}
-
-
-class _Whole(Mapping[str, "Tensor"]):
-    """Tensors of some safetensors files, read one at a time: a rank keeps only its share of a model."""
-
-    def __init__(self, files: Iterable[Any]) -> None:
-        self._where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._where[name].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-
-class _Pieced(Mapping[str, "Tensor"]):
-    """Parameters of one kind put together, when asked for, from the pieces that the ranks saved; and the buffers."""
-
-    def __init__(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        pieces: Mapping[str, Sequence[Piece]],
-        files: Mapping[str, _Whole],
-        buffers: Mapping[str, Tensor],
-    ) -> None:
-        self._shapes, self._buffers = shapes, buffers
-        self._where: dict[str, list[tuple[int, int, _Whole]]] = {name: [] for name in shapes}
-        for part, file in files.items():
-            for name, begin, count in pieces[part]:
-                self._where[name].append((begin, count, file))
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._buffers:
-            return self._buffers[name]
-        import torch
-
-        whole = torch.full((prod(self._shapes[name]),), torch.nan)
-        for begin, count, file in self._where[name]:
-            whole[begin : begin + count] = file[name]
-        return whole.view(tuple(self._shapes[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._shapes
-        yield from self._buffers
-
-    def __len__(self) -> int:
-        return len(self._shapes) + len(self._buffers)
 
 
 def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
