@@ -104,21 +104,20 @@ def test_only_what_is_needed_is_read(store: Store) -> None:
         pass
 
 
-def test_a_reader_that_is_killed_leaves_nothing(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_that_is_killed_leaves_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL, of a real process, while it downloads and while it holds what it has opened."""
     save(store, 640, tensors(), {})
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    real = FolderStore.read
+    real, early = FolderStore.read, True
 
     def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
         if ".exp_avg" in key and early:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, key, start, length)
 
-    for early in (True, False):
+    for when in (True, False):
+        early = when
         if (child := os.fork()) == 0:
             monkeypatch.setattr(FolderStore, "read", read)
             with checkpoint.opened(store, 640) as found:

@@ -114,7 +114,6 @@ def opened(
     commit, _ = _commit(store, images)
     place = store.at(FOLDER, f"{images:012d}")
 
-
     def fetched(key: str) -> BinaryIO:
         return _twice(lambda: _fetched(place, key, commit["files"][key]))
 
