@@ -165,6 +165,22 @@ def test_resume_goes_on_exactly(record: Record, notes: Notes) -> None:
     assert [tuple(point) for point in notes.unsent] == [("loss", 1.0, 8, 0)]
 
 
+def test_a_start_that_is_kept_is_one_to_resume_from(record: Record, notes: Notes) -> None:
+    made = settings(images=5 * BATCH)
+    loop.run(task(made), made, Worker(), replace(record, artifact_root=f"{record.artifact_root}2"))
+    whole = losses(notes)
+    notes.points.clear()
+    kept = replace(task(made), keep_start=True)
+    assert loop.run(kept, made, Worker(stop=lambda: True), record)["stopped"]
+    assert checkpoint.committed(record.artifacts) == [0]
+    other = replace(task(made), keep_start=True)
+    with torch.no_grad():
+        other.engines["net"].module[0].weight.zero_()  # what it began from is gone
+    loop.run(other, made, Worker(), record)
+    assert losses(notes) == whole
+    assert checkpoint.committed(record.artifacts) == [0, 5 * BATCH]
+
+
 def test_cadence_is_counted_in_images(record: Record, notes: Notes) -> None:
     seen: dict[str, list[int]] = {"validate": [], "draw": []}
     made = settings(images=50, log_every=20, validate_every=24, sample_every=1000, checkpoint_every=16)

@@ -126,6 +126,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         retries=lambda: stream.retries,
         also=spent.figures,
         where=stream.where,
+        keep_start=config.denoiser.init_from.startswith("run:"),  # whose `keep` deletes what this one began from
         prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
         step=step,
         validate=lambda: held_out.validate(engine, diffusion),

@@ -55,6 +55,7 @@ class Task:
         retries: reads that this rank had to repeat so far.
         also: figures of rank 0 -> more of them.
         where: a position, in words.
+        keep_start: save a checkpoint before the first step, too: what the weights come from may be gone at a restart.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
 
@@ -68,6 +69,7 @@ class Task:
     retries: Callable[[], int] = int
     also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda figures: {}
     where: Callable[[int], str] = "cursor {:,}".format
+    keep_start: bool = False
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
 
@@ -135,7 +137,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     log.info("%s images  %s  (%s)", f"{images:,}", said, task.where(images))
                 if tracker:
                     tracker.log(fresh, images)
-            if images > start and saving and (ending or due(settings.checkpoint_every)):
+            first = task.keep_start and not state and images == start
+            if saving and (first or (images > start and (ending or due(settings.checkpoint_every)))):
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
                 also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
