@@ -186,6 +186,17 @@ def test_an_index_that_does_not_fit_is_damage(store: Store, change: Any) -> None
         pass
 
 
+def test_a_size_that_no_file_has_is_not_waited_for(store: Store) -> None:
+    save(store, 640, tensors(), {})
+    key = "checkpoints/000000000640/COMMIT.json"
+    commit = json.loads(store.read(key))
+    name = next(name for name in commit["files"] if name.startswith("net.ema"))
+    commit["files"][name]["bytes"] = 10**18
+    store.write(key, json.dumps(commit).encode())
+    with pytest.raises(DataError, match=f"{name} is damaged"), checkpoint.opened(store, 640):
+        pass
+
+
 def test_one_without_commit_is_never_selected(store: Store) -> None:
     save(store, 640, tensors(), {})
     save(store, 1280, tensors(1), {})
