@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calotype.cluster import failures, nodes, spread, units, watch, workers
+from calotype.cluster import failures, nodes, ranks, room, spread, units, watch, workers
 from calotype.config import Cluster, Data, Prepare
 from calotype.environment import Held, Worker
 from calotype.errors import CalotypeError, ConfigError, DataError, Unreachable
@@ -229,6 +229,8 @@ def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
         value = torch.tensor([float(worker.rank + 1)])
         dist.all_reduce(value)
         total += float(value)
+    groups: list[Any] = [dist.group.WORLD, dist.new_group(ranks=range(worker.world))]  # and as DeepSpeed makes its own
+    days = {group._get_backend(torch.device("cpu")).options._timeout.days for group in groups}
     same = os.environ["RANK"] == str(worker.rank) and os.environ["WORLD_SIZE"] == str(worker.world)
     return {
         "total": total,
@@ -236,12 +238,13 @@ def summed(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
         "same": same,
         "threads": torch.get_num_threads(),
         "name": record.name,
+        "days": days,
     }
 
 
 def test_a_killed_rank_is_replaced(cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = spread.train(summed, config(str(tmp_path), workers=2), RECORD)
-    assert result == {"total": 12.0, "world": 2, "same": True, "threads": 1, "name": "x"}
+    assert result == {"total": 12.0, "world": 2, "same": True, "threads": 1, "name": "x", "days": {7}}
     assert (tmp_path / "killed").exists()
     (said,) = [one.getMessage() for one in caplog.records if one.name == "calotype.cluster.ranks"]
     assert "rank 1 died before its first step (a worker died): failure 1 of this job" in said
@@ -273,8 +276,25 @@ def stoppable(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]
     return {"stopped": worker.stop()}
 
 
+def busy(real: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but the head answers every other time."""
+    count = iter(range(10**6))
+
+    def call(*words: Any, **more: Any) -> Any:
+        if next(count) % 2 == 0:
+            raise ConnectionError("the head is busy")
+        return real(*words, **more)
+
+    return call
+
+
 @pytest.mark.parametrize("kind", ["local", "ray"])
-def test_a_signal_asks_the_body_to_stop(cluster: None, tmp_path: Path, kind: str) -> None:
+def test_a_signal_asks_the_body_to_stop(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for name in ("put", "get", "forget"):
+        monkeypatch.setattr(ranks, name, busy(getattr(ranks, name)))
+
     def ask() -> None:
         until = time.monotonic() + 60
         while not (tmp_path / "ready").exists() and time.monotonic() < until:
@@ -285,6 +305,19 @@ def test_a_signal_asks_the_body_to_stop(cluster: None, tmp_path: Path, kind: str
     thread.start()
     assert spread.train(stoppable, config(str(tmp_path), kind=kind), RECORD) == {"stopped": True}
     thread.join()
+
+
+def test_a_head_that_is_busy_is_asked_for_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, told = threading.Event(), iter(("busy", "busy", "busy"))
+
+    def draining() -> Any:
+        if next(told, "") != "busy":
+            asked.set()
+        raise ConnectionError("the head is busy")
+
+    monkeypatch.setattr(room, "POLL", 0.01)
+    monkeypatch.setattr(room, "draining", draining)
+    assert room.room_for(Cluster(workers=[1, 2]), asked) == 0
 
 
 def poisoned(config: Prepare, worker: Worker, record: Record) -> dict[str, Any]:
@@ -411,6 +444,7 @@ def test_what_is_final_and_what_is_not() -> None:
     for _ in range(1000):
         streak.add(at(640, "a node is lost"))
         streak.add(at(0, "hung"))
+        streak.add(at(0, began=None))  # killed from outside while it starts, again and again
     streak.add(at(640, "out of memory"))
     streak.add(at(6400, "out of memory"))
     with pytest.raises(CalotypeError, match=r"2 times at 6,400 images.*engine\.micro_batch.*engine\.offload=cpu"):
@@ -422,9 +456,9 @@ def test_what_is_final_and_what_is_not() -> None:
         streak.add(at(630, pace=64))
     streak = failures.Streak()
     for _ in range(5):
-        streak.add(at(0, began=None))
+        streak.add(at(0, "an error", began=None))
     with pytest.raises(CalotypeError, match="6 times before its first step"):
-        streak.add(at(0, began=None))
+        streak.add(at(0, "an error", began=None))
 
 
 def watched(said: Callable[[int, int], tuple[int, int, str] | None], seconds: int) -> tuple[int, str]:

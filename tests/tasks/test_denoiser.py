@@ -516,5 +516,9 @@ def test_a_run_does_not_go_on_in_a_cache_that_lost_samples(root: str, tmp_path: 
     start = dataclasses.replace(longer.denoiser, init_from="run:test")
     new = denoiser.resolve(dataclasses.replace(longer, denoiser=start, name="new"))
     again = runs.begin("train_denoiser", new, lambda _: ("", ""), lambda _: None)
+    assert denoiser.train(new, Worker(stop=lambda: True), again) == {}
+    store = runs.find(config.root, "train_denoiser", "test").artifacts
+    for images in checkpoint.committed(store):
+        checkpoint.discard(store, images)  # as `keep` does: the new run has its start itself
     assert denoiser.train(new, Worker(), again)["images"] == 4 * BATCH
     assert list(sample.load_denoiser(again).std) == now.meta["channel_std"]

@@ -1,6 +1,7 @@
 """One of two ranks, started by the tests: `python ranks.py PART FOLDER RANK`; each run saves under FOLDER/ENGINE.
 
-error   Saves twice; the second time rank 1 cannot write its last file.  Prints what was raised.
+error   Saves three times; the third time rank 1 cannot write its last file.  Prints what was raised, and then where it
+        resumes if rank 1 reads the second one wrong.
 stages  With each of ENGINES: trains, saves, goes on, and goes on again from what was saved.  Prints whether bit by bit.
 
     python ranks.py killed FOLDER WORLD
@@ -30,7 +31,7 @@ from calotype import config
 from calotype.data.draws import philox
 from calotype.data.files import FolderStore
 from calotype.environment import Worker
-from calotype.errors import Unreachable
+from calotype.errors import CalotypeError
 from calotype.runs import Record
 from calotype.track import Tracker
 from calotype.train import checkpoint, loop
@@ -94,21 +95,29 @@ def error(folder: str, worker: Worker) -> None:
     saves = saving(
         made(settings, worker), settings, Record("train_denoiser", "f" * 32, "toy", folder, f"{folder}/torch0")
     )
-    saves.begin(16, Clock(), {}, ALSO)
-    assert "checkpoint_seconds" in saves.check(wait=True)
-    real = FolderStore.publish
+    for images in (16, 24):
+        saves.begin(images, Clock(), {}, ALSO)
+        assert "checkpoint_seconds" in saves.check(wait=True)
+    real, sound = FolderStore.publish, FolderStore.read
 
     def publish(self: FolderStore, key: str, data: Any) -> bool:
         if worker.rank == 1 and key.startswith("net.weights"):
-            raise Unreachable("the bucket is gone")
+            raise CalotypeError("the bucket is gone")
         return real(self, key, data)
 
     FolderStore.publish = publish  # type: ignore[method-assign]
     saves.begin(32, Clock(), {}, ALSO)
     try:
         saves.check(wait=True)
-    except Unreachable as raised:
-        print(f"Unreachable: {raised}", flush=True)
+    except CalotypeError as raised:
+        print(f"CalotypeError: {raised}", flush=True)
+
+    def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        wrong = worker.rank == 1 and self.path.name == f"{24:012d}" and key.startswith("net.ema")
+        return b"" if wrong else sound(self, key, start, length)
+
+    FolderStore.read = read  # type: ignore[method-assign]
+    print(resume(saves.engines, str, worker, saves.record)["images"], flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ killed

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_only_what_is_needed_is_read(store: Store) -> None:
         pass
 
 
+def test_a_reader_that_is_killed_leaves_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL, of a real process, while it downloads and while it holds what it has opened."""
+    save(store, 640, tensors(), {})
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    real, early = FolderStore.read, True
+
+    def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if ".exp_avg" in key and early:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, key, start, length)
+
+    for when in (True, False):
+        early = when
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr(FolderStore, "read", read)
+            with checkpoint.opened(store, 640) as found:
+                assert found.tensors["net.ema"]["a.weight"].isfinite().all()
+                os.kill(os.getpid(), signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not list((tmp_path / "scratch").iterdir())
+
+
 def test_big_states_are_split_over_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "PART", 100)
     save(store, 640, tensors(), {}, world=1)
@@ -121,6 +145,56 @@ def test_a_commit_that_names_other_files_touches_none(store: Store, tmp_path: Pa
     with pytest.raises(DataError, match="outside its folder"), checkpoint.opened(store, 640):
         pass
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"[]", b"null", b"{}", b"[" * 100_000, {"format": "other"}, {"files": None}, {"files": {}}, {"files": {"a": 1}},
+        {"": {"bytes": 10**18, "sha256": ""}}, {"a\0.json": {"bytes": 1, "sha256": ""}},
+        {"net": {"bytes": 1, "sha256": ""}}, {"net.ema-00000-0001-1.safetensors": {"bytes": -1, "sha256": ""}},
+        {"net.ema-00000-00009-1.safetensors": {"bytes": 1, "sha256": ""}},
+    ],
+)  # fmt: skip
+def test_a_commit_that_is_json_but_none_is_damage(store: Store, change: Any) -> None:
+    save(store, 640, tensors(), {})
+    key = "checkpoints/000000000640/COMMIT.json"
+    commit = json.loads(store.read(key))
+    if isinstance(change, bytes):
+        store.write(key, change)
+    else:
+        changed = change if change.keys() <= commit.keys() else {"files": commit["files"] | change}
+        store.write(key, json.dumps(commit | changed).encode())
+    with pytest.raises(DataError), checkpoint.opened(store, 640):
+        pass
+
+
+@pytest.mark.parametrize("change", [None, [], {"shapes": {}}, {"pieces": {"net": {}}}, {"pieces": {"net": 7}}, 10**6])
+def test_an_index_that_does_not_fit_is_damage(store: Store, change: Any) -> None:
+    save(store, 640, tensors(), {})
+    key, place = "checkpoints/000000000640/COMMIT.json", store.at("checkpoints", f"{640:012d}")
+    commit = json.loads(store.read(key))
+    name = next(name for name in commit["files"] if name.startswith("index"))
+    index = json.loads(place.read(name))
+    if change == 10**6:
+        index["pieces"]["net"]["00000-00000"][0][2] = change
+    data = json.dumps(index | change if isinstance(change, dict) else index if change else change).encode()
+    place.write(name, data)
+    commit["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    store.write(key, json.dumps(commit).encode())
+    with pytest.raises(DataError, match="does not describe it"), checkpoint.opened(store, 640):
+        pass
+
+
+def test_a_size_that_no_file_has_is_not_waited_for(store: Store) -> None:
+    save(store, 640, tensors(), {})
+    key = "checkpoints/000000000640/COMMIT.json"
+    commit = json.loads(store.read(key))
+    name = next(name for name in commit["files"] if name.startswith("net.ema"))
+    commit["files"][name]["bytes"] = 10**18
+    store.write(key, json.dumps(commit).encode())
+    with pytest.raises(DataError, match=f"{name} is damaged"), checkpoint.opened(store, 640):
+        pass
 
 
 def test_one_without_commit_is_never_selected(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
@@ -20,13 +21,13 @@ import pytest
 import torch
 from calotype import config
 from calotype.data.draws import philox
-from calotype.data.files import FolderStore
+from calotype.data.files import FolderStore, Missing
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, DataError, Unreachable
 from calotype.runs import Record
 from calotype.tasks import promote
 from calotype.track import Tracker
-from calotype.train import checkpoint, loop
+from calotype.train import checkpoint, loop, saving
 from calotype.train.engine import Engine
 from calotype.train.saving import check_ours
 from torch import nn
@@ -189,6 +190,22 @@ def test_resume_goes_on_exactly(record: Record, notes: Notes) -> None:
     assert [tuple(point) for point in notes.unsent] == [("loss", 1.0, 8, 0)]
 
 
+def test_a_start_that_is_kept_is_one_to_resume_from(record: Record, notes: Notes) -> None:
+    made = settings(images=5 * BATCH)
+    loop.run(task(made), made, Worker(), replace(record, artifact_root=f"{record.artifact_root}2"))
+    whole = losses(notes)
+    notes.points.clear()
+    kept = replace(task(made), keep_start=True)
+    assert loop.run(kept, made, Worker(stop=lambda: True), record)["stopped"]
+    assert checkpoint.committed(record.artifacts) == [0]
+    other = replace(task(made), keep_start=True)
+    with torch.no_grad():
+        other.engines["net"].module[0].weight.zero_()  # what it began from is gone
+    loop.run(other, made, Worker(), record)
+    assert losses(notes) == whole
+    assert checkpoint.committed(record.artifacts) == [0, 5 * BATCH]
+
+
 def test_cadence_is_counted_in_images(record: Record, notes: Notes) -> None:
     seen: dict[str, list[int]] = {"validate": [], "draw": []}
     made = settings(images=50, log_every=20, validate_every=24, sample_every=1000, checkpoint_every=16)
@@ -236,8 +253,11 @@ def test_stop_saves_and_returns(record: Record, notes: Notes) -> None:
 @pytest.mark.parametrize("log_every", [1, 10**9])
 def test_nan_stops_with_evidence_and_saves_nothing(record: Record, notes: Notes, log_every: int) -> None:
     made = settings(images=20 * BATCH, checkpoint_every=5 * BATCH, log_every=log_every)
+    told: list[tuple[str, int]] = []
+    worker = Worker(beat=lambda phase, images: told.append((phase, images)))
     with pytest.raises(CalotypeError, match=r"loss.*not finite.*nothing was saved since 40 images.*optim\.lr"):
-        loop.run(task(made, poison=6 * BATCH + 3), made, Worker(), record)
+        loop.run(task(made, poison=6 * BATCH + 3), made, worker, record)
+    assert told[-1] == ("saves", 7 * BATCH if log_every == 1 else 10 * BATCH)  # the save on its way is waited for
     assert checkpoint.committed(record.artifacts) == [5 * BATCH]
     assert notes.finished == 1
     kept = json.loads(record.artifacts.read("evidence/000000000056.json"))  # of the step, however rare the log is
@@ -299,6 +319,26 @@ def test_signs_of_life_at_every_step_and_what_takes_longer(record: Record, notes
     ]  # fmt: skip
 
 
+def test_a_new_shape_of_batch_may_compile_longer_than_a_step_takes(record: Record, notes: Notes) -> None:
+    """As encoding.bucket_step makes some; the step of this task is not compiled really."""
+    made = settings(images=5 * BATCH)
+    plain = task(made)
+    told: list[tuple[str, int]] = []
+
+    def prepare(batch: Any) -> dict[str, torch.Tensor]:
+        wide = batch.positions[0] >= 2 * BATCH
+        return {**plain.prepare(batch), "size": torch.zeros(BATCH, 2 if wide else 1)}
+
+    worker = Worker(beat=lambda phase, images: told.append((phase, images)))
+    for kind, wanted in (("none", []), ("default", [("compiles", 0), ("compiles", 16)])):
+        told.clear()
+        compiled = replace(made, engine=config.Engine(kind="torch", compile=kind))
+        loop.run(replace(plain, prepare=prepare), compiled, worker)
+        assert [one for one in told if one[0] == "compiles"] == wanted
+    assert told[:2] == [("starts", 0), ("compiles", 0)]
+    assert told[3:6] == [("steps", 16), ("compiles", 16), ("steps", 24)]
+
+
 def test_a_damaged_newest_checkpoint_costs_one_interval(
     record: Record, notes: Notes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,6 +370,45 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(record: Record, notes:
     for golden in ("golden", "golden-v2"):  # which name no run
         with checkpoint.opened(FolderStore(Path(__file__).parent / golden), 128) as old:
             check_ours(old, record)
+
+
+@pytest.mark.parametrize("fault", ["flip", "404", "ESTALE", "listing"])
+def test_a_read_that_fails_once_costs_no_checkpoint(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """What breaks on its way is read again; a disk that fails is no damage, and another attempt may find it back."""
+    made = settings(images=4 * BATCH, checkpoint_every=2 * BATCH)
+    loop.run(task(made), made, Worker(), record)
+    real, left = FolderStore.read, [1]
+
+    def read(self: FolderStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        data = real(self, key, start, length)
+        if ".exp_avg_sq" in key and left and fault != "listing":
+            left.pop()
+            if fault == "ESTALE":
+                raise DataError(f"{key} cannot be read") from OSError(errno.ESTALE, "stale file handle")
+            if fault == "404":
+                raise Missing(key)
+            return data[:-1] + bytes([data[-1] ^ 1])
+        return data
+
+    def fail(self: FolderStore, prefix: str = "") -> Any:
+        raise DataError("it cannot be listed") from OSError(errno.EIO, "input/output error")
+
+    again = settings(images=5 * BATCH, checkpoint_every=2 * BATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "read", read)
+        if fault == "listing":
+            patch.setattr(FolderStore, "list", fail)
+        if fault in ("ESTALE", "listing"):
+            with pytest.raises(Unreachable):
+                loop.run(task(again), again, Worker(), record)
+        else:
+            seen: list[int] = []
+            loop.run(task(again, seen=seen), again, Worker(), record)
+            assert seen[0] == 4 * BATCH
+            assert not left
+    assert {2 * BATCH, 4 * BATCH} <= set(checkpoint.committed(record.artifacts))
 
 
 def test_errors_of_the_thread_that_prepares_are_raised(record: Record, notes: Notes) -> None:
@@ -504,6 +583,47 @@ def test_what_goes_wrong_in_the_thread_is_raised_and_commits_nothing(
     loop.run(task(more, seen=seen), more, Worker(), record)
     assert seen[0] == 5 * BATCH
     assert {entry.key.split("/")[1] for entry in record.artifacts.list("checkpoints/")} == {f"{15 * BATCH:012d}"}
+
+
+@pytest.mark.parametrize(
+    "error", [Unreachable("no answer"), OSError(errno.ESTALE, "stale file handle"), TimeoutError("no answer")]
+)
+def test_steps_go_on_while_a_store_does_not_answer(
+    record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A save that cannot be written is written again, whole, once the store is back."""
+    made = settings(checkpoint_every=5 * BATCH)
+    back, silent = threading.Event(), list[str]()
+
+    def away(store: FolderStore, key: str) -> None:
+        if len(silent) < 2 and key.startswith("net.weights"):
+            silent.append(key)
+            raise error
+        if silent and not back.wait(0.05):
+            raise error
+
+    monkeypatch.setattr(saving, "AGAIN", (0.05, 0.1))
+    published(monkeypatch, away)
+    loop.run(counting(made, {9: back.set}), made, Worker(), record)
+    assert silent
+    assert checkpoint.committed(record.artifacts) == [5 * BATCH, 10 * BATCH]
+    with checkpoint.opened(record.artifacts, 5 * BATCH) as found:
+        assert found.state["images"] == 5 * BATCH
+
+
+def test_who_cancels_waits_for_no_store(record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = settings(images=10**6, checkpoint_every=5 * BATCH)
+    stop = threading.Event()
+
+    def away(store: FolderStore, key: str) -> None:
+        raise Unreachable("no answer")
+
+    published(monkeypatch, away)
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match="no answer"):
+        loop.run(counting(made, {7: stop.set}), made, Worker(stop=stop.is_set), record)
+    assert time.monotonic() - began < 20
+    assert checkpoint.committed(record.artifacts) == []
 
 
 def test_a_leftover_attempt_stops_without_a_commit(record: Record, notes: Notes) -> None:

@@ -12,6 +12,7 @@ from calotype.cluster.watch import DONE, Sign, ranks_of
 from calotype.errors import CalotypeError, Unreachable
 
 # Kinds of failures -> how often the same may happen at the same images, with None for ever: the world's fault heals.
+# Before the first step neither a hang nor a death counts.
 KINDS: dict[str, int | None] = {
     "a store does not answer": None,
     "a node is lost": None,
@@ -68,8 +69,8 @@ class Streak:
         self.total += 1
         self.delay = FIRST if failure.stepped else min(2 * self.delay or FIRST, MOST)
         limit = KINDS[failure.kind]
-        if limit is None or (failure.kind == "hung" and not failure.stepped):
-            self.same.clear()  # anybody's fault but the batch's
+        if limit is None or (failure.kind in ("hung", "a worker died") and not failure.stepped):
+            self.same.clear()  # anybody's fault but the batch's; want of memory is told apart (`looked_into`)
             return self.delay
         if self.same and not _same_place(self.same[-1], failure):
             self.same.clear()

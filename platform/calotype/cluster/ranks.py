@@ -7,6 +7,7 @@ once.  So does a cluster in which other ranks should start in their place (room.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -75,7 +76,8 @@ def run(body: Body, config: Job, record: Record, asked: threading.Event) -> dict
                 break
         return {}
     finally:
-        forget(f"{key}:")
+        with contextlib.suppress(Exception):  # a head that is busy: what the training came to counts
+            forget(f"{key}:")
 
 
 def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] | Failure | None:
@@ -85,27 +87,46 @@ def _attempt(payload: dict[str, Any], asked: threading.Event) -> dict[str, Any] 
     done: dict[str, Any] = {}
     watch = Watch(lambda rank: get(f"{attempt}:{rank}"), payload["workers"], cluster.hang_seconds)
     change = Change(cluster, payload["workers"])
-    hung = ending = ""
+    hung, ending, told = "", "", False
     fit = threading.Thread(target=_fit, args=(payload, done), name="fit", daemon=True)
     fit.start()
     while fit.is_alive():
         fit.join(POLL)
         if not ending and (ending := "asked to stop" if asked.is_set() else change.look(watch.signs.values())):
             log.warning("%s: all ranks save and end", ending)
-            put(f"{attempt}:stop", b"1")
-        if error := get(f"{key}:error"):
+        if ending and not told:
+            with contextlib.suppress(Exception):  # a head that is busy for a moment: at the next look
+                put(f"{attempt}:stop", b"1")
+                told = True
+        if error := _final(key):
             fit.join(ENDING)  # ranks that wait for the failed one end themselves
             raise unpacked(error)
         if not hung and (hung := watch.look()):
             log.error("hung: %s; %s", hung, watch.told())
             end_hung(list(watch.signs.values()))
-    if error := get(f"{key}:error"):
+    if error := _final(key, ENDING):
         raise unpacked(error)
     if "error" not in done:
         return dict(done["result"] or {}) or (None if ending else {})
     watch.look(last=True)
     kind, why = looked_into(*(("hung", hung) if hung else failure_of(done["error"])), watch.signs.values())
     return Failure(kind, why, watch.began, watch.low, watch.low + watch.pace)
+
+
+def _final(key: str, patience: float = 0.0) -> bytes | None:
+    """What a rank raised that is final.  Without patience, a head that is busy for a moment is asked at the next look;
+    with some, it must have answered by then.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return get(f"{key}:error")
+        except Exception:
+            if not patience:
+                return None
+            if time.monotonic() > until:
+                raise
+            time.sleep(POLL)
 
 
 def _evidence(record: Record, streak: Streak) -> str:

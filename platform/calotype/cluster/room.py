@@ -27,7 +27,12 @@ def room_for(cluster: Cluster, asked: threading.Event) -> int:
         return cluster.most  # Ray Train waits for the room
     began, told = time.monotonic(), False
     while not asked.wait(POLL):
-        if (room := min(rooms(cluster, draining()), cluster.most)) == cluster.most:
+        try:
+            room = min(rooms(cluster, draining()), cluster.most)
+        except Exception as error:  # a head that is busy for a moment
+            log.debug("the cluster does not say what room there is: %s", error)
+            continue
+        if room == cluster.most:
             return room
         if time.monotonic() - began > SETTLE and room >= cluster.least:
             log.warning("starts with %d of cluster.workers=%s: there is no room for more", room, cluster.workers)

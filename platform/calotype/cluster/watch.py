@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 START = "starts"  # the phase before the first step: imports, loading, compilation
 STEP = "steps"
 DONE = "is done"
-LONGER = 10  # what is no step (start, validation, drawing, saving, the end) may take so many times as long as a step
+LONGER = 10  # what is no step (start, compilation, validation, drawing, saving, the end) may take so many times as long
 BEAT = 1.0  # seconds between two signs of life
 DUMP = 20.0  # seconds that py-spy has for one process
 

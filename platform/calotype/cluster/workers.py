@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 from calotype.cluster.nodes import kernel_kills
@@ -25,6 +26,7 @@ from calotype.runs import Record
 Body = Callable[[Any, Worker, Record], dict[str, Any]]
 
 POLL = 0.5  # seconds between two looks for a stop or an error
+PATIENCE = timedelta(days=7)  # of a collective: its hang is found by watch.py
 SPACE = "calotype"  # of the key-value store
 # What can only be a bug, and would fail the same way again.  Not RuntimeError: a rank whose neighbour died raises it.
 BUGS = (TypeError, ValueError, LookupError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
@@ -99,6 +101,8 @@ def _in_group(payload: dict[str, Any], pulse: Pulse, asked: threading.Event) -> 
 
         device = str(get_device())
         torch.cuda.set_device(device)
+    if config.cluster.hang_seconds:
+        _leave_hangs_to_the_watch()
     torch.distributed.init_process_group("nccl" if config.cluster.gpus else "gloo")
     worker = Worker(rank, world, local, device, config.cluster.cpus, asked.is_set, beat=pulse)
     result = payload["body"](config, worker, payload["record"])
@@ -150,6 +154,16 @@ def _heard(key: str, attempt: str, rank: int, pulse: Pulse) -> Iterator[threadin
 def _use_threads(count: int) -> None:
     """cluster.cpus is also the number of compute threads; to be said before numpy or torch is imported."""
     os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def _leave_hangs_to_the_watch() -> None:
+    """Collectives wait as long as the driver's watch lets them: start, validation and saving may take long.
+
+    PyTorch's own limits (NCCL 10 minutes, gloo 30) are set for all groups, for DeepSpeed makes some and says none.
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = PATIENCE
 
 
 def _free_address() -> tuple[str, int]:

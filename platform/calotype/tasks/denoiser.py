@@ -128,6 +128,7 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
         spent=spent.state,
         resumed=spent.resumed,
         where=stream.where,
+        keep_start=config.denoiser.init_from.startswith("run:"),  # whose `keep` deletes what this one began from
         prepare=lambda share: rows.of(share.arrays, share.positions.tolist()),
         step=step,
         validate=lambda: held_out.validate(engine, diffusion),

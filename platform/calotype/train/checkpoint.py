@@ -14,29 +14,36 @@ whole parameters: such checkpoints are read for ever.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from calotype.data.store import Missing, Store
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, DataError, Unreachable
+from calotype.train.whole import Pieced, Whole
 
 if TYPE_CHECKING:  # this page is also read at submit, where torch is not
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 FORMAT, FIRST_FORMAT = "calotype.checkpoint/2", "calotype.checkpoint/1"
 FOLDER, COMMIT = "checkpoints", "COMMIT.json"
 BUFFERS = "buffers"  # a kind of its own: the weights and their averages have them in common
 BLOCK = 2**24  # bytes per read
 FETCHED = 4  # files that are downloaded at once
+# What a read that fails so says nothing of: the bytes may be whole.
+AWAY = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT)
 
 Piece = tuple[str, int, int]  # (parameter, its first element here, how many)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Checkpoint:
 
 def committed(store: Store) -> list[int]:
     """Images seen of every committed checkpoint, rising."""
-    found = (entry.key.split("/") for entry in store.list(f"{FOLDER}/"))
+    with _reached():
+        found = [entry.key.split("/") for entry in store.list(f"{FOLDER}/")]
     return sorted(int(parts[1]) for parts in found if len(parts) == 3 and parts[2] == COMMIT and parts[1].isdigit())
 
 
@@ -91,7 +99,7 @@ def opened(
     kinds: tuple[str, ...] | None = None,
     needed: Mapping[str, Sequence[Piece]] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Download and verify; the files live as long as the context.
+    """Download and verify, to files without a name: nothing stays on disk, however this process ends.
 
     Args:
         kinds: only these of "<engine>.<kind>"; all if None.
@@ -99,40 +107,58 @@ def opened(
             need not download what others hold.
 
     Raises:
-        DataError: there is no such checkpoint, or its bytes are not what was committed; names the file.
+        DataError: there is no such checkpoint, or its bytes are not what was committed, twice; names the file.
+        Unreachable: it could not be read, which says nothing of its bytes.
         CalotypeError: it is of a format that came later.
     """
     commit, _ = _commit(store, images)
     place = store.at(FOLDER, f"{images:012d}")
-    with tempfile.TemporaryDirectory(prefix="calotype-") as name:
-        folder = Path(name)
 
-        def fetched(key: str) -> Path:
-            _fetch(place, key, commit["files"][key], folder / key)
-            return folder / key
+    def fetched(key: str) -> BinaryIO:
+        return _twice(lambda: _fetched(place, key, commit["files"][key]))
 
-        plain = {key.split("-")[0]: json.loads(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
-        index = plain.get("index")  # format 1 has none
-        missed = _missed(index["pieces"], needed) if index and needed is not None else set()
-        files: dict[str, dict[str, Path]] = {}  # kind -> which part -> file
-        for key, (kind, part) in _tensor_files(commit).items():
-            shared = kind.endswith(f".{BUFFERS}")
-            if kinds is None or kind in kinds or (kinds and shared):
-                paths = files.setdefault(kind, {})
-                if shared or (_engine(kind), part) not in missed:
-                    paths[part] = folder / key
-        with ThreadPoolExecutor(FETCHED) as pool:
-            list(pool.map(fetched, [path.name for paths in files.values() for path in paths.values()]))
-        buffers = {kind: _Whole(files.pop(kind).values()) for kind in list(files) if kind.endswith(f".{BUFFERS}")}
-        tensors: dict[str, Mapping[str, Tensor]] = {}
-        for kind, paths in files.items():
-            engine = _engine(kind)
-            if index:
-                also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
-                tensors[kind] = _Pieced(index["shapes"][engine], index["pieces"][engine], paths, also)
-            else:
-                tensors[kind] = _Whole(paths.values())
-        yield Checkpoint(images, plain["state"], tensors)
+    def parsed(key: str) -> Any:
+        with fetched(key) as file:
+            return _parsed(file.read())
+
+    def mapped(key: str) -> Any:
+        from safetensors import safe_open
+
+        with fetched(key) as file:
+            return safe_open(f"/dev/fd/{file.fileno()}", framework="pt")  # the mapping outlives the file
+
+    plain = {key.split("-")[0]: parsed(key) for key in commit["files"] if _is_plain(key)}
+    if not _is_content(commit, plain):
+        raise DataError(f"{place.uri}: its index or state does not describe it; choose another checkpoint")
+    index = plain.get("index")  # format 1 has none
+    missed = _missed(index["pieces"], needed) if index and needed is not None else set()
+    keys: dict[str, dict[str, str]] = {}  # kind -> which part -> key
+    for key, (kind, part) in _tensor_files(commit).items():
+        shared = kind.endswith(f".{BUFFERS}")
+        if kinds is None or kind in kinds or (kinds and shared):
+            parts = keys.setdefault(kind, {})
+            if shared or (_engine(kind), part) not in missed:
+                parts[part] = key
+    wanted = [key for parts in keys.values() for key in parts.values()]
+    with ThreadPoolExecutor(FETCHED) as pool:
+        files = dict(zip(wanted, pool.map(mapped, wanted), strict=True))
+    held = {kind: {part: files[key] for part, key in parts.items()} for kind, parts in keys.items()}
+    yield Checkpoint(images, plain["state"], _tensors(held, index))
+
+
+def _tensors(held: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any] | None) -> dict[str, Mapping[str, Tensor]]:
+    """Kind -> which part -> open file => kind -> parameters; without the kinds of buffers, which lie among them."""
+    buffers = {kind: Whole(parts.values()) for kind, parts in held.items() if kind.endswith(f".{BUFFERS}")}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for kind in held.keys() - buffers.keys():
+        engine = _engine(kind)
+        if index:
+            also: Mapping[str, Tensor] = {} if ".exp_avg" in kind else buffers.get(f"{engine}.{BUFFERS}", {})
+            pieces = {part: Whole([file]) for part, file in held[kind].items()}
+            tensors[kind] = Pieced(index["shapes"][engine], index["pieces"][engine], pieces, also)
+        else:
+            tensors[kind] = Whole(held[kind].values())
+    return tensors
 
 
 def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: int = 0) -> dict[str, Tensor]:
@@ -156,60 +182,6 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
         return {name: tensor.clone() for name, tensor in found.tensors[kind].items()}
 
 
-class _Whole(Mapping[str, "Tensor"]):
-    """Tensors of some safetensors files, read one at a time: a rank keeps only its share of a model."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        from safetensors import safe_open
-
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a mapping)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-
-class _Pieced(Mapping[str, "Tensor"]):
-    """Parameters of one kind put together, when asked for, from the pieces that the ranks saved; and the buffers."""
-
-    def __init__(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        pieces: Mapping[str, Sequence[Piece]],
-        paths: Mapping[str, Path],
-        buffers: Mapping[str, Tensor],
-    ) -> None:
-        self._shapes, self._buffers = shapes, buffers
-        self._where: dict[str, list[tuple[int, int, _Whole]]] = {name: [] for name in shapes}
-        for part, path in paths.items():
-            file = _Whole([path])
-            for name, begin, count in pieces[part]:
-                self._where[name].append((begin, count, file))
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._buffers:
-            return self._buffers[name]
-        import torch
-
-        whole = torch.full((prod(self._shapes[name]),), torch.nan)
-        for begin, count, file in self._where[name]:
-            whole[begin : begin + count] = file[name]
-        return whole.view(tuple(self._shapes[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._shapes
-        yield from self._buffers
-
-    def __len__(self) -> int:
-        return len(self._shapes) + len(self._buffers)
-
-
 def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     """Collect what is not wanted any more, once `images` are committed.
 
@@ -228,6 +200,15 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     named = {COMMIT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
     for key in [entry.key for entry in place.list() if entry.key not in named]:
         place.delete(key)
+
+
+def damaged(store: Store, images: int) -> bool:
+    """Whether it is, all of it read anew: what one rank met may have been its own machine's fault."""
+    try:
+        with opened(store, images):
+            return False
+    except DataError:
+        return True
 
 
 def discard(store: Store, images: int) -> None:
@@ -272,34 +253,113 @@ def _tensor_files(commit: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Raises Unreachable where a disk, a mount or a permission failed: the bytes may be whole, and come later."""
+    try:
+        yield
+    except CalotypeError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in AWAY:
+            raise Unreachable(str(error)) from error
+        raise
+
+
+def _twice(read: Callable[[], T], level: int = logging.WARNING) -> T:
+    """What is wrong with bytes may have come about on their way: they are read once more."""
+    try:
+        return read()
+    except DataError as error:
+        log.log(level, "%s: it is read once more", error)
+        return read()
+
+
 def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
+    return _twice(lambda: _read_commit(store, images), logging.DEBUG)  # often a user asks for what never was
+
+
+def _read_commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
     where = f"{store.uri}/{FOLDER}/{images:012d}"
     try:
-        data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
-        commit = json.loads(data)
+        with _reached():
+            data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
     except Missing:
         raise DataError(f"{where} is no checkpoint: it was never committed (committed are "
                         f"{', '.join(map(str, committed(store))) or 'none'})") from None  # fmt: skip
-    except ValueError:
-        raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint") from None
-    if any("/" in key or key.startswith(".") for key in commit.get("files", ())):  # they become files here
+    commit = _parsed(data)
+    made, files = (commit.get("format"), commit.get("files")) if isinstance(commit, dict) else (None, None)
+    if isinstance(files, dict) and any("/" in key or key.startswith(".") for key in files):  # they become files here
         raise DataError(f"{where}/{COMMIT} names files outside its folder: choose another checkpoint")
-    if commit.get("format") not in (FORMAT, FIRST_FORMAT):
-        raise CalotypeError(
-            f"{where} is of format {commit.get('format')!r}, this Calotype reads {FORMAT} and before: use a newer one"
-        )
+    if isinstance(made, str) and made.startswith(f"{FORMAT.partition('/')[0]}/") and made not in (FORMAT, FIRST_FORMAT):
+        raise CalotypeError(f"{where} is of format {made!r}, this Calotype reads {FORMAT} and before: use a newer one")
+    if not _is_commit(commit):
+        raise DataError(f"{where}/{COMMIT} is damaged: choose another checkpoint")
     return commit, data
 
 
-def _fetch(place: Store, key: str, row: Mapping[str, Any], path: Path) -> None:
+def _parsed(data: bytes) -> Any:
+    """None for what is not JSON, or too deep."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_commit(commit: Any) -> bool:
+    """Whether it is one of a format that is read here."""
+    if not isinstance(commit, dict) or commit.get("format") not in (FORMAT, FIRST_FORMAT):
+        return False
+    files = commit.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(row, dict) and type(row.get("bytes")) is int and row["bytes"] >= 0 and type(row.get("sha256")) is str
+        for row in files.values()
+    ):
+        return False
+    plain = sorted(key.partition("-")[0] for key in files if _is_plain(key))
+    named = (key.rsplit("-", 3 if commit["format"] == FORMAT else 2) for key in files if not _is_plain(key))
+    return (
+        plain == (["index", "state"] if commit["format"] == FORMAT else ["state"])
+        and all("." in kind and len(part) == (3 if commit["format"] == FORMAT else 2) for kind, *part in named)
+        and all(key.isprintable() for key in files)
+    )
+
+
+def _is_content(commit: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
+    """Whether state and index are such, and the index knows each part that holds pieces of parameters."""
+    if not all(isinstance(part, dict) for part in plain.values()):
+        return False
+    if (index := plain.get("index")) is None:
+        return True
+    try:
+        for engine, parts in index["pieces"].items():
+            sizes = {name: prod(shape) for name, shape in index["shapes"][engine].items()}
+            for name, begin, count in (piece for part in parts.values() for piece in part):
+                if not 0 <= begin < begin + count <= sizes[name]:
+                    return False
+        parts = ((kind, part) for kind, part in _tensor_files(commit).values() if not kind.endswith(f".{BUFFERS}"))
+        return all(part in index["pieces"][_engine(kind)] for kind, part in parts)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _fetched(place: Store, key: str, row: Mapping[str, Any]) -> BinaryIO:
+    """One file, verified."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with contextlib.ExitStack() as opened_here:
+        file = opened_here.enter_context(tempfile.TemporaryFile())
         for start in range(0, int(row["bytes"]), BLOCK):
             try:
-                data = place.read(key, start, min(BLOCK, row["bytes"] - start))
+                with _reached():
+                    data = place.read(key, start, min(BLOCK, row["bytes"] - start))
             except Missing:
                 data = b""
             digest.update(data)
             file.write(data)
-    if digest.hexdigest() != row["sha256"]:
-        raise DataError(f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint")
+            if len(data) < min(BLOCK, row["bytes"] - start):
+                break  # it ends there, whatever the commit says
+        if digest.hexdigest() != row["sha256"]:
+            raise DataError(
+                f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint"
+            )
+        file.seek(0)
+        opened_here.pop_all()  # it is the caller's
+        return file

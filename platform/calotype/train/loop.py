@@ -58,6 +58,7 @@ class Task:
         spent: rank 0's account of time, kept in checkpoints.
         resumed: is told the state of the checkpoint that the training goes on from, or {}.
         where: a position, in words.
+        keep_start: save a checkpoint before the first step, too: what the weights come from may be gone at a restart.
         begin, saved: rank 0 tells the tracker where the data comes from, and where a checkpoint lies.
     """
 
@@ -73,6 +74,7 @@ class Task:
     spent: Callable[[], Mapping[str, float]] = dict
     resumed: Callable[[Mapping[str, Any]], None] = lambda state: None
     where: Callable[[int], str] = "cursor {:,}".format
+    keep_start: bool = False
     begin: Callable[[track.Tracker], None] = lambda tracker: None
     saved: Callable[[track.Tracker, int], None] = lambda tracker, images: None
 
@@ -106,7 +108,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
     def due(every: int) -> bool:
         return images > start and every > 0 and images // every > (images - batch) // every
 
-    asked = Asked(worker)
+    asked, shapes = Asked(worker), set[Any]()  # of batches: each new one compiles anew
 
     with (
         tracking(task, config, worker, record, state) as tracker,
@@ -122,7 +124,9 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                 fresh = meter.read(clock) | left_out.read() | guard.figures()
                 fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
                 if saving:  # what fails now must not lose the checkpoint before
-                    fresh |= saving.check(wait=not all(map(math.isfinite, fresh.values())))
+                    if bad := not all(map(math.isfinite, fresh.values())):
+                        worker.beat("saves", images)
+                    fresh |= saving.check(wait=bad)
                 fresh.update(task.also(fresh))
                 guard.check(fresh, images, meter.first_bad)
             if images > start and (due(settings.validate_every) or (done and settings.validate_every)):
@@ -141,7 +145,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     log.info("%s images  %s  (%s)", f"{images:,}", said, task.where(images))
                 if tracker:
                     tracker.log(fresh, images)
-            if images > start and saving and (ending or due(settings.checkpoint_every)):
+            first = task.keep_start and not state and images == start
+            if saving and (first or (images > start and (ending or due(settings.checkpoint_every)))):
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
                 also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
@@ -159,6 +164,10 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             worker.beat("steps" if images > start else "starts", images)
             meter.resume()  # the clock of training runs from here
             rows, keys, wait = next(batches)
+            shape = tuple(sorted((name, tuple(value.shape)) for name, value in rows.items()))
+            if config.engine.compile != "none" and shape not in shapes:
+                worker.beat("compiles", images)  # which may take minutes, and is no hang
+                shapes.add(shape)
             torch.manual_seed(digest_seed(config.seed, images, worker.rank))  # dropout: no state to keep
             images += batch
             for first in range(0, micro * accumulation(micro, batch, worker.world), micro):

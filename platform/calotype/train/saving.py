@@ -8,13 +8,14 @@ how they fared is agreed on by the training threads, between two steps.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -22,15 +23,20 @@ from calotype import runs
 from calotype.compose import digest_of, identity_fields
 from calotype.data.store import Store
 from calotype.environment import Worker
-from calotype.errors import CalotypeError, DataError
+from calotype.errors import CalotypeError, DataError, Unreachable
 from calotype.train import checkpoint, shares
 from calotype.train.engine import Engine
 from calotype.train.figures import Clock, agree
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ENDING = 30.0  # seconds that a save has to end when the training fails
 SHARED = 120.0  # seconds until files that another machine has written are seen: shared folders may be slow to show them
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what no time heals; a mount may come back
+AGAIN = 1.0, 30.0  # seconds until a store that did not answer is tried again, at first and at most
+ASKED = 0.5  # seconds between two looks whether to stop
 LISTS = 0.05, 5.0  # seconds between two looks for the other ranks' lists, at first and at most
 
 
@@ -38,6 +44,7 @@ class Flight:
     """One save on its way.
 
     Attributes:
+        last: nobody waits any longer for a store that does not answer: its next silence is an error.
         uploaded: this rank's files lie in the store, or there is an error.
         everywhere: those of all ranks do.
         done: nothing is left to do, or there is an error.
@@ -49,6 +56,7 @@ class Flight:
         self.figures: dict[str, float] = {}
         self.error: BaseException | None = None
         self.uploaded, self.everywhere, self.done, self.abandoned = (threading.Event() for _ in range(4))
+        self.last = threading.Event()
         threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
 
     def _run(self) -> None:
@@ -129,10 +137,10 @@ class Saving:
         flight = self._flight
         if flight is not None:
             if wait:
-                flight.uploaded.wait()
+                self._wait(flight, flight.uploaded)
                 self._raise_any(flight)
                 flight.everywhere.set()
-                flight.done.wait()
+                self._wait(flight, flight.done)
             done = flight.done.is_set()  # before its error is looked at
             self._raise_any(flight)
             if not agree(self.worker, not done, self._group):
@@ -152,12 +160,18 @@ class Saving:
         flight = self._flight
         if flight is None:
             return
+        flight.last.set()
         if not flight.done.wait(ENDING):
             flight.abandoned.set()
         elif flight.error is not None:
             log.error("%s", flight.error)
         elif self.worker.rank == 0:
             self.told(flight.images)
+
+    def _wait(self, flight: Flight, event: threading.Event) -> None:
+        while not event.wait(ASKED):
+            if self.worker.stop():  # whoever cancels a run, or takes a machine away, does not wait for a store
+                flight.last.set()
 
     def _raise_any(self, flight: Flight) -> None:
         error = flight.error
@@ -181,25 +195,61 @@ class Saving:
         stalls: dict[str, float],
         began: float,
     ) -> None:
-        store, images, rank = self.record.artifacts, flight.images, self.worker.rank
+        store, images, rank, world = self.record.artifacts, flight.images, self.worker.rank, self.worker.world
         place = store.at(checkpoint.FOLDER, f"{images:012d}")
-        try:
-            stalls["checkpoint_stall_seconds"] += sum(share.ready() for share in copied.values())
+
+        def upload() -> dict[str, Any]:
             part = shares.write(store, images, rank, copied)
-            if self.worker.world > 1:
+            if world > 1:
                 place.publish(f"parts-{self._token}-{rank:05d}.json", json.dumps(part).encode())
-            flight.uploaded.set()
-            if rank == 0:
-                parts = _parts(place, self._token, self.worker.world, flight) if self.worker.world > 1 else [part]
-                shapes = {name: share.shapes for name, share in copied.items()}
-                shares.commit(store, images, shapes, parts, state, self.record.check_current)
-                checkpoint.forget(store, images, self.config.train.keep, self.config.train.keep_every)
-        except OSError as error:
-            raise CalotypeError(
-                f"{place.uri} cannot be written ({error.strerror}): it was not committed; make room there, and the "
-                "same command goes on from the checkpoint before"
-            ) from error
+            return part
+
+        def commit() -> None:
+            parts = _parts(place, self._token, world, flight) if world > 1 else [part]
+            shapes = {name: share.shapes for name, share in copied.items()}
+            shares.commit(store, images, shapes, parts, state, self.record.check_current)
+            checkpoint.forget(store, images, self.config.train.keep, self.config.train.keep_every)
+
+        stalls["checkpoint_stall_seconds"] += sum(share.ready() for share in copied.values())
+        part = _patiently(place, flight, upload)
+        flight.uploaded.set()
+        if rank == 0:
+            _patiently(place, flight, commit)
         flight.figures = stalls | {"checkpoint_seconds": time.monotonic() - began}
+
+
+def _patiently(place: Store, flight: Flight, work: Callable[[], T]) -> T:
+    """Do what writes to a store, again while that does not answer: all ranks hold a good state, and train on.
+
+    What a try has left behind is in nobody's way: names of files hold hashes of their contents.
+    """
+    pause, most = AGAIN
+    while True:
+        try:
+            with _explained(place):
+                return work()
+        except Unreachable as error:
+            if flight.last.is_set() or flight.abandoned.is_set():
+                raise
+            log.warning("%s; the checkpoint of %s images waits, and is written again", error, f"{flight.images:,}")
+        # Whoever ends the wait gets one more try.
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not flight.last.is_set() and not flight.abandoned.wait(0.1):
+            pass
+        pause = min(2 * pause, most)
+
+
+@contextlib.contextmanager
+def _explained(place: Store) -> Iterator[None]:
+    """The system's errors as sentences."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{place.uri} cannot be written ({error.strerror or error}): it was not committed"
+        if error.errno not in FULL:
+            raise Unreachable(what) from error
+        advice = "make room there, and the same command goes on from the checkpoint before"
+        raise CalotypeError(f"{what}; {advice}") from error
 
 
 def _parts(place: Store, token: str, world: int, flight: Flight) -> list[dict[str, Any]]:
@@ -261,6 +311,13 @@ def check_ours(saved: checkpoint.Checkpoint, record: runs.Record) -> None:
         )
 
 
+def _check_state(saved: checkpoint.Checkpoint, engines: Mapping[str, Engine], record: runs.Record) -> None:
+    scalars = saved.state.get("engines")
+    known = isinstance(scalars, dict) and engines.keys() <= scalars.keys()
+    if not known or type(saved.state.get("images")) is not int:
+        raise DataError(f"the state of the checkpoint of {saved.images} images of {record.artifacts.uri} is damaged")
+
+
 def resume(
     engines: Mapping[str, Engine], where: Callable[[int], str], worker: Worker, record: runs.Record | None
 ) -> dict[str, Any]:
@@ -272,6 +329,7 @@ def resume(
     Raises:
         DataError: there are some, and none is whole.
         CalotypeError: one is another run's; nothing is deleted.
+        Unreachable: one could not be read, which another attempt may.
     """
     if record is None:
         return {}
@@ -282,6 +340,7 @@ def resume(
     for images in reversed(found[0]):
         try:
             with checkpoint.opened(record.artifacts, images, needed=needed) as saved:
+                _check_state(saved, engines, record)
                 if agree(worker, False):
                     continue
                 check_ours(saved, record)
@@ -295,9 +354,12 @@ def resume(
             continue
         if worker.rank == 0:
             log.info("resumes at %s images (%s)", f"{images:,}", where(images))
-            for damaged in (other for other in found[0] if other > images):
-                record.check_current()
-                checkpoint.discard(record.artifacts, damaged)
+            for other in (other for other in found[0] if other > images):
+                if checkpoint.damaged(record.artifacts, other):  # not only for another rank, or for a moment
+                    record.check_current()
+                    checkpoint.discard(record.artifacts, other)
+                else:
+                    log.warning("the checkpoint of %s images is whole: it is kept", f"{other:,}")
         return saved.state
     if found[0]:
         raise DataError(f"none of the checkpoints under {record.artifacts.uri} is whole: remove them to start anew")
