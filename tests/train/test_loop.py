@@ -46,7 +46,7 @@ class Notes(Tracker):
     def pending(self) -> list[Any]:
         return [("loss", 1.0, 8, 0)]
 
-    def finish(self, status: str = "", wait: float = 60.0) -> None:
+    def finish(self, status: str = "") -> None:
         self.finished += 1
 
 
