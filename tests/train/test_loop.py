@@ -23,7 +23,7 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
 from calotype.track import Tracker
-from calotype.train import checkpoint, loop
+from calotype.train import batching, checkpoint, loop
 from calotype.train.engine import Engine
 from torch import nn
 
@@ -82,9 +82,9 @@ def task(
     """y = 3 x, with dropout; `poison`: the positions whose input is multiplied `by` that."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, 4))
-    micro = loop.micro_batch(made, 1)
+    micro = batching.micro_batch(made, 1)
     engine = Engine(
-        module, made.optim, made.engine, Worker(), loop.accumulation(micro, BATCH, 1), config.EMA(halflife=50)
+        module, made.optim, made.engine, Worker(), batching.accumulation(micro, BATCH, 1), config.EMA(halflife=50)
     )
 
     def batches(position: int) -> Iterator[Any]:
@@ -298,8 +298,8 @@ def test_learning_rate_is_a_function_of_images() -> None:
 @pytest.mark.parametrize(("batch", "world", "asked"), [(8, 3, 0), (8, 3, 2), (7, 2, 3), (5, 5, 4), (64, 7, 4)])
 def test_every_rank_takes_the_same_micro_batches(batch: int, world: int, asked: int) -> None:
     made = SimpleNamespace(train=config.Train(batch=batch), engine=config.Engine(micro_batch=asked))
-    micro = loop.micro_batch(made, world)
-    count = loop.accumulation(micro, batch, world)
+    micro = batching.micro_batch(made, world)
+    count = batching.accumulation(micro, batch, world)
     total = 0.0
     for rank in range(world):
         share = (rank + 1) * batch // world - rank * batch // world

@@ -25,7 +25,7 @@ from calotype.errors import ConfigError, DataError
 from calotype.tasks import batches, memory, start
 from calotype.tasks.cache import resolve_inputs
 from calotype.tasks.start import NAME
-from calotype.train import checkpoint
+from calotype.train import batching, checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,9 +105,9 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     _refuse_superseded(record, config.cache or manifest.digest, manifest.digest)
     latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     diffusion = Diffusion(config.diffusion)
-    micro = loop.micro_batch(config, worker.world)
+    micro = batching.micro_batch(config, worker.world)
     model = start.build(config, cache.shape_of(manifest.meta["encoding"]), record)
-    steps = loop.accumulation(micro, config.train.batch, worker.world)
+    steps = batching.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
     source_of = batches.source_of(config.data, config.root, latents, manifest)

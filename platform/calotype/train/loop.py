@@ -25,6 +25,7 @@ from calotype.config import Optim
 from calotype.console import Progress
 from calotype.environment import Worker
 from calotype.errors import DataError
+from calotype.train.batching import accumulation, micro_batch
 from calotype.train.engine import Engine
 from calotype.train.figures import Asked, Clock, LeftOut, Meter
 from calotype.train.guard import Guard
@@ -207,21 +208,6 @@ def lr(optim: Optim, images: int, total: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- micro-batches
-
-
-def micro_batch(config: Any, world: int) -> int:
-    """Samples per forward on one worker, the same on every one.
-
-    Args:
-        world: at most `train.batch` workers (checks.py): each has a share.
-    """
-    most = math.ceil(config.train.batch / world)
-    return min(config.engine.micro_batch or most, most)
-
-
-def accumulation(micro: int, batch: int, world: int) -> int:
-    """Micro-batches per step: as many as the rank with the largest share needs."""
-    return math.ceil(math.ceil(batch / world) / micro)
 
 
 def take(rows: Tensors, first: int, count: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
