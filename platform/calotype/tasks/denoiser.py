@@ -342,4 +342,4 @@ def tell_inputs(tracker: track.Tracker, config: TrainDenoiser, manifest: Manifes
 
 def tell_model(tracker: track.Tracker, record: runs.Record | None, images: int) -> None:
     assert record is not None
-    tracker.model(NAME, record.artifacts.at(checkpoint.FOLDER, f"{images:012d}").uri, "diffusion", images)
+    tracker.model(NAME, checkpoint.place(record.artifacts, images).uri, "diffusion", images)

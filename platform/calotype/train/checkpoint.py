@@ -53,6 +53,11 @@ class Checkpoint:
     tensors: dict[str, Mapping[str, Tensor]]
 
 
+def place(store: Store, images: int) -> Store:
+    """Where the checkpoint of that many images lies in the run's artifact root."""
+    return store.at(FOLDER, f"{images:012d}")
+
+
 def committed(store: Store) -> list[int]:
     """Images seen of every committed checkpoint, rising."""
     found = (entry.key.split("/") for entry in store.list(f"{FOLDER}/"))
@@ -76,12 +81,12 @@ def check(store: Store, images: int) -> None:
         DataError: names the file, or the checkpoints that there are.
     """
     files = _commit(store, images)[0]["files"]
-    place = store.at(FOLDER, f"{images:012d}")
-    sizes = {entry.key: entry.size for entry in place.list()}
+    there = place(store, images)
+    sizes = {entry.key: entry.size for entry in there.list()}
     for key, row in sorted(files.items()):
         if sizes.get(key) != row["bytes"]:
             what = f"has {sizes[key]} bytes instead of {row['bytes']}" if key in sizes else "is gone"
-            raise DataError(f"{place.uri}/{key} {what}: choose another checkpoint")
+            raise DataError(f"{there.uri}/{key} {what}: choose another checkpoint")
 
 
 @contextlib.contextmanager
@@ -103,12 +108,12 @@ def opened(
         CalotypeError: it is of a format that came later.
     """
     commit, _ = _commit(store, images)
-    place = store.at(FOLDER, f"{images:012d}")
+    there = place(store, images)
     with tempfile.TemporaryDirectory(prefix="calotype-") as name:
         folder = Path(name)
 
         def fetched(key: str) -> Path:
-            _fetch(place, key, commit["files"][key], folder / key)
+            _fetch(there, key, commit["files"][key], folder / key)
             return folder / key
 
         plain = {key.split("-")[0]: json.loads(fetched(key).read_bytes()) for key in commit["files"] if _is_plain(key)}
@@ -151,7 +156,7 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
         kind = f"{engine}.weights"
     if kind not in names:
         others = ", ".join(sorted(name.partition("@")[2] for name in names if name.startswith(f"{engine}.ema@")))
-        raise DataError(f"{store.uri}/{FOLDER}/{images:012d} holds no {kind} (further averages: {others or 'none'})")
+        raise DataError(f"{place(store, images).uri} holds no {kind} (further averages: {others or 'none'})")
     with opened(store, images, (kind,)) as found:
         return {name: tensor.clone() for name, tensor in found.tensors[kind].items()}
 
@@ -224,17 +229,17 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     for folder in store.folders(FOLDER):
         if folder.isdigit() and int(folder) < images and int(folder) not in kept:
             discard(store, int(folder))
-    place = store.at(FOLDER, f"{images:012d}")
+    there = place(store, images)
     named = {COMMIT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
-    for key in [entry.key for entry in place.list() if entry.key not in named]:
-        place.delete(key)
+    for key in [entry.key for entry in there.list() if entry.key not in named]:
+        there.delete(key)
 
 
 def discard(store: Store, images: int) -> None:
     """Delete a checkpoint, commit first; one that is damaged would stand in the way of the same images saved anew."""
-    place = store.at(FOLDER, f"{images:012d}")
-    for key in sorted((entry.key for entry in place.list()), key=lambda key: key != COMMIT):
-        place.delete(key)
+    there = place(store, images)
+    for key in sorted((entry.key for entry in there.list()), key=lambda key: key != COMMIT):
+        there.delete(key)
 
 
 def _missed(
@@ -273,9 +278,10 @@ def _tensor_files(commit: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
-    where = f"{store.uri}/{FOLDER}/{images:012d}"
+    there = place(store, images)
+    where = there.uri
     try:
-        data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
+        data = there.read(COMMIT)
         commit = json.loads(data)
     except Missing:
         raise DataError(f"{where} is no checkpoint: it was never committed (committed are "

@@ -181,7 +181,7 @@ class Saving:
         began: float,
     ) -> None:
         store, images, rank = self.record.artifacts, flight.images, self.worker.rank
-        place = store.at(checkpoint.FOLDER, f"{images:012d}")
+        place = checkpoint.place(store, images)
         try:
             stalls["checkpoint_stall_seconds"] += sum(share.ready() for share in copied.values())
             part = shares.write(store, images, rank, copied)

@@ -23,8 +23,8 @@ from torch import Tensor
 from calotype.data.store import Store
 from calotype.data.threads import Daemons, Steps
 from calotype.environment import Worker
-from calotype.train import plain
-from calotype.train.checkpoint import BUFFERS, COMMIT, FOLDER, FORMAT, Piece
+from calotype.train import checkpoint, plain
+from calotype.train.checkpoint import BUFFERS, COMMIT, FORMAT, Piece
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def take_over(
 
 def write(store: Store, images: int, rank: int, shares: Mapping[str, Share]) -> dict[str, Any]:
     """Upload what one rank holds, by engine, once it is ready; what `commit` must know of it, as plain data."""
-    place = store.at(FOLDER, f"{images:012d}")
+    place = checkpoint.place(store, images)
     files: dict[str, dict[str, Any]] = {}
     pieces: dict[str, dict[str, list[Piece]]] = {}
     with _sending(place) as send:
@@ -179,7 +179,7 @@ def commit(
     Returns:
         False if these images were committed already (the older commit stands).
     """
-    place = store.at(FOLDER, f"{images:012d}")
+    place = checkpoint.place(store, images)
     files = {key: row for part in parts for key, row in part["files"].items()}
     pieces: dict[str, dict[str, list[Piece]]] = {engine: {} for engine in shapes}
     for part in parts:
