@@ -13,6 +13,11 @@ def home() -> Path:
     return Path(os.environ.get("CALOTYPE_HOME", ".calotype")).absolute()
 
 
+# Phases of a training that `Worker.beat` tells and the watch over its ranks knows (cluster/watch.py).
+START = "starts"  # before the first step: imports, loading, compilation
+STEP = "steps"
+
+
 @dataclass(frozen=True)
 class Worker:
     """One process of a spread task.

@@ -23,7 +23,7 @@ from calotype import runs, track
 from calotype.compose import digest_of
 from calotype.config import Optim
 from calotype.console import Progress
-from calotype.environment import Worker
+from calotype.environment import START, STEP, Worker
 from calotype.errors import DataError
 from calotype.train.batching import accumulation, micro_batch
 from calotype.train.engine import Engine
@@ -148,7 +148,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                         tracker.log(last, images)
                 break
 
-            worker.beat("steps" if images > start else "starts", images)
+            worker.beat(STEP if images > start else START, images)
             meter.resume()  # the clock of training runs from here
             rows, keys, wait = next(batches)
             torch.manual_seed(digest_seed(config.seed, images, worker.rank))  # dropout: no state to keep

@@ -54,7 +54,7 @@ class Share:
 class Copies:
     """Copies of one rank's pieces in host memory, pinned beside a GPU; the same memory every time."""
 
-    def __init__(self, pieces: Sequence[plain.Piece], device: str) -> None:
+    def __init__(self, pieces: Sequence[plain.Placed], device: str) -> None:
         self.pieces = pieces
         self._cuda = device.startswith("cuda")
         self._memory: dict[str, Tensor] = {}
@@ -93,10 +93,10 @@ def _event() -> torch.cuda.Event:
 
 
 @torch.no_grad()
-def gathered(
+def whole_tensors(
     tensors: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-    pieces: Sequence[plain.Piece],
+    pieces: Sequence[plain.Placed],
     replicated: bool,
     worker: Worker,
 ) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def take_over(
     named: Mapping[str, Tensor],
     tensors: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-    pieces: Sequence[plain.Piece],
+    pieces: Sequence[plain.Placed],
     replicated: bool,
     worker: Worker,
 ) -> None:
