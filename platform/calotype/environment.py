@@ -1,4 +1,8 @@
-"""The one place that reads the environment: where services are, and which worker this process is."""
+"""Where services are, by the environment that their clients read, and which worker this process is.
+
+Rooms that speak to a service (cluster/jobs.py, cluster/spread.py, track.py, data/s3.py) read its variables where they
+connect; here those of the embedded stack are put into the environment.
+"""
 
 from __future__ import annotations
 
