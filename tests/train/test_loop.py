@@ -23,7 +23,7 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, DataError
 from calotype.runs import Record
 from calotype.track import Tracker
-from calotype.train import batching, checkpoint, loop
+from calotype.train import batching, checkpoint, feed, loop
 from calotype.train.engine import Engine
 from torch import nn
 
@@ -304,7 +304,7 @@ def test_every_rank_takes_the_same_micro_batches(batch: int, world: int, asked: 
     for rank in range(world):
         share = (rank + 1) * batch // world - rank * batch // world
         rows = {"x": torch.arange(share)}
-        parts = [loop.take(rows, micro * number, micro, "cpu") for number in range(count)]
+        parts = [feed.take(rows, micro * number, micro, "cpu") for number in range(count)]
         assert all(1 <= len(part["x"]) <= micro for part, _ in parts)
         weights = torch.cat([weight for _, weight in parts])
         assert weights.sum() == share

@@ -243,7 +243,7 @@ class HeldOut:
     def _loss(self, engine: Engine, diffusion: Any, which: str, own: bool) -> float:
         import torch
 
-        from calotype.train.loop import take
+        from calotype.train.feed import take
 
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         with engine.averaged(which):
@@ -259,7 +259,7 @@ class HeldOut:
         """This worker's rows of every shape, and in how many calls all workers go through them.  Collective."""
         import torch
 
-        from calotype.train.loop import PRESENT
+        from calotype.train.feed import PRESENT
 
         rank = self.worker.rank % world  # with fewer latents than workers some repeat another's, weightless
         first, last = rank * self.count // world, (rank + 1) * self.count // world
