@@ -45,7 +45,7 @@ lint: install ## ruff and mypy --strict
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-bench-train: install ## steps and starts beside bare PyTorch, DeepSpeed and Ray Train; MLflow slow and down; caching against not
+bench-train: install ## steps, starts beside PyTorch, DeepSpeed, Ray Train; MLflow down; caching; saves in the background; kill -9 to the next step
 	@$(PY) -m calotype up
 	@$(PY) tests/bench/train.py
 

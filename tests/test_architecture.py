@@ -36,12 +36,12 @@ LIBRARIES = {
     "botocore": ("calotype.data.s3",),
     "webdataset": ("calotype.data.shards",),
     "tarfile": ("calotype.data.tar",),
-    "deepspeed": ("calotype.train.engine", "calotype.train.ema"),
+    "deepspeed": ("calotype.train.engine",),
     "ray": ("calotype.cluster",),
     "mlflow": ("calotype.track",),
     "hydra": ("calotype.compose", "hydra_plugins"),
 }
-LONG_FUNCTIONS = {"calotype.train.loop": ("train", "fit", "run", "loop")}  # the loop itself
+LONG_FUNCTIONS = {"calotype.train.loop": ("run",)}  # the loop itself
 MAX_ROOM, MAX_FUNCTION, MAX_JOB = 400, 60, 50
 
 Sources = Mapping[str, str]  # module name -> source; a package is named NAME.__init__

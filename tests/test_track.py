@@ -252,15 +252,18 @@ def test_machine_figures_are_measured_and_rise_over_restarts(
     monkeypatch.setattr(track, "SECONDS", 1.1)
     record = begin(settings)
     monkeypatch.setattr(track.socket, "gethostname", lambda: "node-1")
+
+    def steps() -> list[list[int]]:
+        names = [f"{prefix}cpu_utilization_percentage" for prefix in ("system/", "system/node-1/")]
+        return [[step for step, _ in history(record, name)] for name in names]
+
     for _ in range(2):
+        before = [len(found) for found in steps()]
         with track.open_run(settings, record):
             worker = track.attach(settings, record)
-            time.sleep(3)
+            until(lambda before=before: all(len(found) > had for found, had in zip(steps(), before, strict=True)))
             worker.finish()
-    for prefix in ("system/", "system/node-1/"):
-        steps = [step for step, _ in history(record, f"{prefix}cpu_utilization_percentage")]
-        assert len(steps) >= 2
-        assert steps == sorted(set(steps))
+    assert all(found == sorted(set(found)) for found in steps())
 
 
 def test_the_first_rank_of_every_other_node_looks_at_its_machine(

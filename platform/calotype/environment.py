@@ -1,4 +1,8 @@
-"""The one place that reads the environment: where services are, and which worker this process is."""
+"""Where services are, by the environment that their clients read, and which worker this process is.
+
+Rooms that speak to a service (cluster/jobs.py, cluster/spread.py, track.py, data/s3.py) read its variables where they
+connect; here those of the embedded stack are put into the environment.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ from pathlib import Path
 def home() -> Path:
     """`.calotype/`: the embedded stack's state and what Calotype writes locally (CALOTYPE_HOME, else ./.calotype)."""
     return Path(os.environ.get("CALOTYPE_HOME", ".calotype")).absolute()
+
+
+# Phases of a training that `Worker.beat` tells and the watch over its ranks knows (cluster/watch.py).
+START = "starts"  # before the first step: imports, loading, compilation
+STEP = "steps"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     bare   its step on tensors that lie on the device: bf16, channels_last, fused AdamW with fp32 weights, an average
     ours   the loop over a real cache of latents and 77 x 1024 embeddings; each eager and compiled
 
-Weights are random: they cost as much as any.  FLOPs of an image, forward and backward, as published for this UNet;
-the peak is an H100's (bf16, dense).  On a CPU (--device cpu) it is a small UNet in float32, to see that all of it runs.
+Weights are random: they cost as much as any.  FLOPs of an image, forward and backward, and the device's dense peak in
+bf16 are those of model/cost.py, where a device that it does not know has no MFU.  On a CPU (--device cpu) it is a small
+UNet in float32, to see that all of it runs.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import numpy as np
 import torch
 from calotype import config
 from calotype.compose import compose
-from calotype.data import Dataset, Stream, cache, shards
-from calotype.data.manifest import CACHE, Manifest
+from calotype.data import Dataset, Stream
+from calotype.data.manifest import Manifest
 from calotype.data.store import open_store
 from calotype.environment import Worker
-from calotype.model import conditioner
+from calotype.model import conditioner, cost
 from calotype.model.denoiser import build_denoiser
 from calotype.model.diffusion import Diffusion
 from calotype.tasks import denoiser
@@ -33,10 +34,9 @@ from calotype.train import loop
 from calotype.train.engine import Engine
 from torch import Tensor, nn
 
+from tests.bench.train_steps import latents
 from tests.caches import text_folder
 
-TFLOP = {256: 0.539, 512: 2.409}
-PEAK = 989.4  # TF/s
 TOKENS, WIDTH, SAMPLES = 77, 1024, 256
 WARM = 5
 SD2 = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": [5, 10, 20, 20], "layers_per_block": 2,
@@ -59,17 +59,8 @@ def settings_of(folder: str, edge: int, device: str, batch: int, steps: int, com
     return replace(settings, denoiser=config.Denoiser(model=model), engine=engine, train=train)
 
 
-def latents(folder: str, edge: int) -> Manifest:
-    random = np.random.default_rng(0)
-    shape, samples = (4, edge // 8, edge // 8), []
-    for index in range(SAMPLES):
-        latent = random.standard_normal((2, *shape)).astype(np.float16)
-        text = random.standard_normal((TOKENS, WIDTH)).astype(np.float16)
-        about = {"width": edge, "height": edge}
-        samples.append(cache.encode_sample(shards.Sample(f"{index:05d}", {}), latent, {"text": text}, about))
-    row = shards.write_shard(open_store(folder), f"latents-{edge}.tar", samples, 64)
-    meta = {"channel_mean": [0.0] * 4, "channel_std": [1.0] * 4, "shape": list(shape)}
-    return Manifest(CACHE, "bench", ("latent.npy", "text.npy", "json"), (row,), meta)
+def embedding(random: np.random.Generator) -> Any:
+    return random.standard_normal((TOKENS, WIDTH)).astype(np.float16)
 
 
 class Stopwatch:
@@ -148,15 +139,18 @@ def main(edges: list[int], device: str, batch: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         text_folder(Path(folder, "text"), width=WIDTH)
         for edge in edges:
-            manifest = latents(folder, edge)
+            shape = (4, edge // 8, edge // 8)
+            manifest = latents(folder, shape, edge, SAMPLES, 64, embedding)
             for compiled in ("none", "default"):
                 settings = settings_of(folder, edge, device, batch, steps, compiled)
-                rates: dict[str, Any] = {"bare": bare(settings, tuple(manifest.meta["shape"]), device)}
+                rates: dict[str, Any] = {"bare": bare(settings, shape, device)}
                 _free(cuda)
                 rates["ours"] = ours(settings, folder, manifest, device)
                 _free(cuda)
+                peak = cost.peak_tflops(device, settings.engine.precision)
+                flops = cost.flops_per_image(settings, shape) if peak else 0.0
                 for who, rate in rates.items():
-                    mfu = f"  MFU {100 * rate * TFLOP[edge] / PEAK:.1f} %" if cuda and edge in TFLOP else ""
+                    mfu = f"  MFU {100 * rate * flops / 1e12 / peak:.1f} %" if peak else ""
                     how = "eager" if compiled == "none" else "compiled"
                     print(f"{edge} px {how:<9}{who:<5}{rate:8.1f} images/s{mfu}", flush=True)
                 print(f"{edge} px {how:<9}ours / bare {rates['ours'] / rates['bare']:.3f}", flush=True)

@@ -15,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 from calotype.environment import load_services
+
+from tests.chaos.test_kill import processes
 
 ROOT = Path(__file__).parents[2]
 SPACE = ["autoencoder=identity", "encoding.resolution=16"]
@@ -46,10 +47,10 @@ def once(root: str, seed: int) -> tuple[float, float]:
             if killed and time.time() > killed + 2:  # lines that were on their way when it died
                 break
             if steps == 24:
-                running = psutil.process_iter(["cmdline"])
-                workers = [one for one in running if "TrainWorker" in " ".join(one.info["cmdline"] or [])]
-                workers[0].send_signal(signal.SIGKILL)
+                processes(submission, r"^ray::.*TrainWorker")[0].send_signal(signal.SIGKILL)
                 killed = time.time()
+    else:
+        raise RuntimeError("the training ended before it went on")
     restart = time.time() - killed
     calotype("cancel", submission).wait()
     process.communicate()

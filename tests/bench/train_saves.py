@@ -55,8 +55,8 @@ def measured(rounds: int) -> None:
             saving = Saving({"denoiser": engine}, settings, Worker(), record)
             wait, stall, lost = saves(saving, step, usual, rounds)
             print(
-                f"{16 * numel / 1e6:.0f} MB to {place}: written while everybody waits in {wait:.2f} s; in the background "
-                f"steps stall for {stall:.3f} s, ratio {stall / wait:.3f}"
+                f"{16 * numel / 1e6:.0f} MB to {place}: written while everybody waits in {wait:.2f} s; in the "
+                f"background steps stall for {stall:.3f} s, ratio {stall / wait:.3f}"
             )
             print(f"and take {lost:.2f} s longer in all meanwhile (a step takes {usual:.3f} s)")
 

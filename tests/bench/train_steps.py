@@ -23,6 +23,7 @@ from calotype.data.manifest import CACHE, Manifest
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.model import conditioner
+from calotype.model.cost import Shape
 from calotype.model.denoiser import build_denoiser
 from calotype.model.diffusion import Diffusion
 from calotype.tasks import denoiser
@@ -62,7 +63,8 @@ def measured(case: Case, rank: int, store: str) -> dict[str, float]:
     ended: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, root=folder)
-        manifest = _latents(folder, settings)
+        tokens = conditioner.inputs(settings.conditions["text"], ["a handwritten digit seven"])[0]
+        manifest = latents(folder, SHAPE, 32, 1024, 128, lambda random: tokens)
         rows = denoiser.Rows(settings, manifest, conditioner.empty(settings.conditions))
         record = _record(settings, case) if case.mlflow else None
         torch.manual_seed(0)
@@ -97,17 +99,14 @@ def _settings(case: Case) -> config.TrainDenoiser:
     return replace(settings, train=train, engine=config.Engine(kind=case.kind, stage=case.stage))
 
 
-def _latents(folder: str, settings: config.TrainDenoiser) -> Manifest:
-    """A shard of 1,024 random latents with captions."""
-    random = np.random.default_rng(0)
-    tokens = conditioner.inputs(settings.conditions["text"], ["a handwritten digit seven"])[0]
-    about = {"width": 32, "height": 32}
-    samples = []
-    for index in range(1024):
-        latent = random.standard_normal((2, *SHAPE)).astype(np.float16)
-        samples.append(cache.encode_sample(shards.Sample(f"{index:05d}", {}), latent, {"text": tokens}, about))
-    row = shards.write_shard(open_store(folder), "latents.tar", samples, 128)
-    meta = {"channel_mean": [0.0] * SHAPE[0], "channel_std": [1.0] * SHAPE[0], "shape": list(SHAPE)}
+def latents(folder: str, shape: Shape, edge: int, count: int, chunk: int, text: Callable[[Any], Any]) -> Manifest:
+    """A shard of random latents (C, h, w) of images of `edge` pixels, each with the text that a generator gives."""
+    random, samples, about = np.random.default_rng(0), [], {"width": edge, "height": edge}
+    for index in range(count):
+        latent = random.standard_normal((2, *shape)).astype(np.float16)
+        samples.append(cache.encode_sample(shards.Sample(f"{index:05d}", {}), latent, {"text": text(random)}, about))
+    row = shards.write_shard(open_store(folder), f"latents-{edge}.tar", samples, chunk)
+    meta = {"channel_mean": [0.0] * shape[0], "channel_std": [1.0] * shape[0], "shape": list(shape)}
     return Manifest(CACHE, "bench", ("latent.npy", "text.npy", "json"), (row,), meta)
 
 

@@ -105,11 +105,13 @@ def wait_for_checkpoint(settings: list[str], name: str, process: subprocess.Pope
     raise AssertionError("no checkpoint within three minutes")
 
 
-def processes(*patterns: str) -> list[psutil.Process]:
+def processes(submission: str, *patterns: str) -> list[psutil.Process]:
+    """Those of that submission (`jobs.environment`), on this machine: workers of another stack have the same names."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "environ"]):
         line = " ".join(process.info["cmdline"] or [])
-        if all(re.search(pattern, line) for pattern in patterns):
+        mine = (process.info["environ"] or {}).get("CALOTYPE_SUBMISSION") == submission
+        if mine and all(re.search(pattern, line) for pattern in patterns):
             found.append(process)
     return found
 
@@ -131,8 +133,9 @@ def test_a_killed_worker_costs_at_most_a_checkpoint_interval(prepared: list[str]
     # seed 0 is golden's identity: another name would be the same run, so another setting must differ without effect
     settings = [*prepared, *TRAIN, "name=worker", "engine=zero1", "cluster.workers=2", "ema.halflife=1000"]
     process = start("submit", "train_denoiser", *settings)
+    identifier = submission(process)
     wait_for_checkpoint(prepared, "worker", process)
-    workers = processes(r"^ray::.*(RayTrainWorker|TrainWorker)")
+    workers = processes(identifier, r"^ray::.*(RayTrainWorker|TrainWorker)")
     assert len(workers) == 2
     workers[0].send_signal(signal.SIGKILL)
     out, _ = process.communicate(timeout=600)
@@ -143,8 +146,9 @@ def test_a_killed_worker_costs_at_most_a_checkpoint_interval(prepared: list[str]
 def test_a_killed_job_resumes_at_another_size_and_stage(prepared: list[str], golden: Any) -> None:
     settings = [*prepared, *TRAIN, "name=job", "ema.halflife=2000"]
     process = start("submit", "train_denoiser", *settings, "engine=zero2", "cluster.workers=2")
+    identifier = submission(process)
     wait_for_checkpoint(prepared, "job", process)
-    drivers = processes(r"jobs/train_denoiser\.py --resolved")
+    drivers = processes(identifier, r"jobs/train_denoiser\.py --resolved")
     assert drivers
     for driver in drivers:
         driver.send_signal(signal.SIGKILL)

@@ -40,13 +40,13 @@ def test_goodput_with_a_kill_every_minute(prepared: list[str]) -> None:  # noqa:
     kills: list[float] = []
     while time.time() < began + SECONDS:
         time.sleep(EVERY)
-        workers = processes(r"^ray::.*TrainWorker")
         assert process.poll() is None, "".join(line for _, line in heard[-40:])
+        (identifier,) = {line.split()[1] for _, line in heard if line.startswith("submitted ")}
+        workers = processes(identifier, r"^ray::.*TrainWorker")
         if workers:
             random.choice(workers).send_signal(signal.SIGKILL)
             kills.append(time.time())
-    (submission,) = {line.split()[1] for _, line in heard if line.startswith("submitted ")}
-    calotype("cancel", submission)
+    calotype("cancel", identifier)
     process.wait(120)
     listener.join(10)
 

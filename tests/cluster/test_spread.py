@@ -420,7 +420,7 @@ def test_nodes_tell_why_a_rank_died(cluster: None) -> None:
     here, kills = ray.get_runtime_context().get_node_id(), nodes.kernel_kills()
     assert ("oom_kill" in Path("/proc/vmstat").read_text()) or not kills
 
-    def told(kind: str = "a worker died", node: str = here, phase: str = watch.STEP, before: int = kills) -> Any:
+    def told(kind: str = "a worker died", node: str = here, phase: str = "steps", before: int = kills) -> Any:
         signs = [
             watch.Sign(0, node, 1, 1, 1, phase, 0, 64, before),
             watch.Sign(1, here, 2, 1, 1, "steps", 0, 64, kills),

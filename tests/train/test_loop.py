@@ -27,7 +27,7 @@ from calotype.errors import CalotypeError, DataError, Unreachable
 from calotype.runs import Record
 from calotype.tasks import promote
 from calotype.track import Tracker
-from calotype.train import checkpoint, loop, saving
+from calotype.train import batching, checkpoint, feed, loop, saving
 from calotype.train.engine import Engine
 from calotype.train.saving import check_ours
 from torch import nn
@@ -51,7 +51,7 @@ class Notes(Tracker):
     def pending(self) -> list[Any]:
         return [("loss", 1.0, 8, 0)]
 
-    def finish(self, status: str = "", wait: float = 60.0) -> None:
+    def finish(self, status: str = "") -> None:
         self.finished += 1
 
 
@@ -87,9 +87,9 @@ def task(
     """y = 3 x, with dropout; `poison`: the positions whose input is multiplied `by` that."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, 4))
-    micro = loop.micro_batch(made, 1)
+    micro = batching.micro_batch(made, 1)
     engine = Engine(
-        module, made.optim, made.engine, Worker(), loop.accumulation(micro, BATCH, 1), config.EMA(halflife=50)
+        module, made.optim, made.engine, Worker(), batching.accumulation(micro, BATCH, 1), config.EMA(halflife=50)
     )
 
     def batches(position: int) -> Iterator[Any]:
@@ -435,13 +435,13 @@ def test_learning_rate_is_a_function_of_images() -> None:
 @pytest.mark.parametrize(("batch", "world", "asked"), [(8, 3, 0), (8, 3, 2), (7, 2, 3), (5, 5, 4), (64, 7, 4)])
 def test_every_rank_takes_the_same_micro_batches(batch: int, world: int, asked: int) -> None:
     made = SimpleNamespace(train=config.Train(batch=batch), engine=config.Engine(micro_batch=asked))
-    micro = loop.micro_batch(made, world)
-    count = loop.accumulation(micro, batch, world)
+    micro = batching.micro_batch(made, world)
+    count = batching.accumulation(micro, batch, world)
     total = 0.0
     for rank in range(world):
         share = (rank + 1) * batch // world - rank * batch // world
         rows = {"x": torch.arange(share)}
-        parts = [loop.take(rows, micro * number, micro, "cpu") for number in range(count)]
+        parts = [feed.take(rows, micro * number, micro, "cpu") for number in range(count)]
         assert all(1 <= len(part["x"]) <= micro for part, _ in parts)
         weights = torch.cat([weight for _, weight in parts])
         assert weights.sum() == share

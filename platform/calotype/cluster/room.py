@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from calotype.cluster.nodes import draining, lost
-from calotype.cluster.watch import BEAT, DONE, STEP, Sign, ranks_of
+from calotype.cluster.watch import BEAT, DONE, Sign, ranks_of
 from calotype.cluster.workers import POLL
 from calotype.config import Cluster
+from calotype.environment import STEP
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from calotype.environment import START, STEP
+
 log = logging.getLogger(__name__)
 
-START = "starts"  # the phase before the first step: imports, loading, compilation
-STEP = "steps"
 DONE = "is done"
 LONGER = 10  # what is no step (start, compilation, validation, drawing, saving, the end) may take so many times as long
 BEAT = 1.0  # seconds between two signs of life

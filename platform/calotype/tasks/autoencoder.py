@@ -22,6 +22,7 @@ from calotype.environment import Worker
 from calotype.errors import ConfigError, DataError
 from calotype.runs import Record
 from calotype.tasks import batches
+from calotype.train import batching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +75,9 @@ def train(config: TrainAutoencoder, worker: Worker, record: Record) -> dict[str,
         model = load_autoencoder(config.autoencoder)
     if config.engine.checkpoint_activations:
         checkpoint_activations(model)
-    micro = loop.micro_batch(config, worker.world)
+    micro = batching.micro_batch(config, worker.world)
     engine = Engine(
-        model, config.optim, config.engine, worker, loop.accumulation(micro, config.train.batch, worker.world)
+        model, config.optim, config.engine, worker, batching.accumulation(micro, config.train.batch, worker.world)
     )
     decode = Decoder(config.resolution, config.data.max_pixels)
     source_of = batches.source_of(config.data, config.root, store, dataset)

@@ -49,7 +49,8 @@ def resolve(data: Data, root: str, cached: tuple[Store, Manifest] | None = None)
 
 
 def check(config: TrainAutoencoder | TrainDenoiser, dataset: Dataset) -> None:
-    """
+    """Open the stream of the least and the most workers, without reading.
+
     Raises:
         ConfigError: on submit already, what a worker could not hold in memory, or an order that cannot be.
     """

@@ -57,7 +57,8 @@ class Budget:
 
 
 def budget(config: TrainDenoiser, memory: int = 0, rate: float = 0.0, price: float = 0.0) -> Budget:
-    """
+    """What the whole training takes; times a few steps here unless `rate` is given.
+
     Args:
         config: of which the inputs are resolved; there need be no cache yet.
         memory: bytes of one worker; 0: as the settings say, or as this machine has.

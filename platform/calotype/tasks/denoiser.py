@@ -25,7 +25,7 @@ from calotype.errors import ConfigError, DataError
 from calotype.tasks import batches, memory, start
 from calotype.tasks.cache import resolve_inputs
 from calotype.tasks.start import NAME
-from calotype.train import checkpoint
+from calotype.train import batching, checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,9 +105,9 @@ def train(config: TrainDenoiser, worker: Worker, record: runs.Record | None = No
     _refuse_superseded(record, config.cache or manifest.digest, manifest.digest)
     latents = root.at("latents", cache.encoding_id(manifest.meta["encoding"]))
     diffusion = Diffusion(config.diffusion)
-    micro = loop.micro_batch(config, worker.world)
+    micro = batching.micro_batch(config, worker.world)
     model = start.build(config, cache.shape_of(manifest.meta["encoding"]), record)
-    steps = loop.accumulation(micro, config.train.batch, worker.world)
+    steps = batching.accumulation(micro, config.train.batch, worker.world)
     engine = Engine(model, config.optim, config.engine, worker, steps, config.ema)
     rows = Rows(config, manifest, conditioner.empty(config.conditions))
     source_of = batches.source_of(config.data, config.root, latents, manifest)
@@ -246,7 +246,7 @@ class HeldOut:
     def _loss(self, engine: Engine, diffusion: Any, which: str, own: bool) -> float:
         import torch
 
-        from calotype.train.loop import take
+        from calotype.train.feed import take
 
         total = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         with engine.averaged(which):
@@ -262,7 +262,7 @@ class HeldOut:
         """This worker's rows of every shape, and in how many calls all workers go through them.  Collective."""
         import torch
 
-        from calotype.train.loop import PRESENT
+        from calotype.train.feed import PRESENT
 
         rank = self.worker.rank % world  # with fewer latents than workers some repeat another's, weightless
         first, last = rank * self.count // world, (rank + 1) * self.count // world
@@ -345,4 +345,4 @@ def tell_inputs(tracker: track.Tracker, config: TrainDenoiser, manifest: Manifes
 
 def tell_model(tracker: track.Tracker, record: runs.Record | None, images: int) -> None:
     assert record is not None
-    tracker.model(NAME, record.artifacts.at(checkpoint.FOLDER, f"{images:012d}").uri, "diffusion", images)
+    tracker.model(NAME, checkpoint.place(record.artifacts, images).uri, "diffusion", images)

@@ -5,7 +5,6 @@ No weight is made for it: model/cost.py runs the network without numbers, train/
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,6 +12,7 @@ from itertools import product
 from calotype import checks
 from calotype.config import TrainDenoiser
 from calotype.errors import ConfigError
+from calotype.train.batching import largest_share, micro_batch
 from calotype.train.memory import Memory, averages, per_rank
 
 ROOM = 0.9  # of a worker's memory; the rest is the device's own, kernels' workspaces, and what is lost between blocks
@@ -88,6 +88,7 @@ def measured(config: TrainDenoiser, *checkpointed: bool) -> list[Need]:
 def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[Option]:
     """Every engine for each of the needs: what is the slowest last, so by offload, by activations, by stage."""
     gpu, means, made = bool(config.cluster.gpus), averages(config.ema), []
+    share = largest_share(config.train.batch, config.cluster.least)
     places = ("none", "cpu") if gpu or config.engine.offload == "cpu" else ("none",)  # else it is the same memory
     for offload, need in product(places, sorted(needs, key=lambda need: need.checkpoint_activations)):
         for kind, stage in STAGES if offload == "none" else STAGES[-3:]:
@@ -101,7 +102,7 @@ def options(config: TrainDenoiser, needs: Sequence[Need], memory: int) -> list[O
                     memory=held,
                     once=need.once,
                     each=need.each,
-                    micro_batch=min(max(int((ROOM * memory - states) // max(need.each, 1)), 0), share(config)),
+                    micro_batch=min(max(int((ROOM * memory - states) // max(need.each, 1)), 0), share),
                     bytes=states + need.each * wanted(config),
                 )
             )
@@ -136,9 +137,6 @@ def chosen(config: TrainDenoiser, found: Sequence[Option]) -> Option:
     return next(one for one in found if (one.engine, one.offload, one.checkpoint_activations) == mine)
 
 
-def share(config: TrainDenoiser) -> int:
-    return math.ceil(config.train.batch / config.cluster.least)
-
-
 def wanted(config: TrainDenoiser) -> int:
-    return min(config.engine.micro_batch or share(config), share(config))
+    """Images per forward that the settings ask for, on the fewest workers, which have the most each."""
+    return micro_batch(config, config.cluster.least)

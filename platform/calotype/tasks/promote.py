@@ -64,7 +64,7 @@ def promote(root: str, reference: str, model: str = "", alias: str = "") -> Prom
     version, why = registry.version_of(model, digest + which), ""
     if fresh := not version:
         why = "" if place.exists(INDEX) else _export(record, settings, digest, halflife, place)
-        source = record.artifacts.at(checkpoint.FOLDER, f"{images:012d}") if why else place
+        source = checkpoint.place(record.artifacts, images) if why else place
         told = _told(record, settings, images, halflife, loss, why)
         grid = _grid(record, images)
         if grid and not why:

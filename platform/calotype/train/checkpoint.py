@@ -60,6 +60,11 @@ class Checkpoint:
     tensors: dict[str, Mapping[str, Tensor]]
 
 
+def place(store: Store, images: int) -> Store:
+    """Where the checkpoint of that many images lies in the run's artifact root."""
+    return store.at(FOLDER, f"{images:012d}")
+
+
 def committed(store: Store) -> list[int]:
     """Images seen of every committed checkpoint, rising."""
     with _reached():
@@ -84,12 +89,12 @@ def check(store: Store, images: int) -> None:
         DataError: names the file, or the checkpoints that there are.
     """
     files = _commit(store, images)[0]["files"]
-    place = store.at(FOLDER, f"{images:012d}")
-    sizes = {entry.key: entry.size for entry in place.list()}
+    there = place(store, images)
+    sizes = {entry.key: entry.size for entry in there.list()}
     for key, row in sorted(files.items()):
         if sizes.get(key) != row["bytes"]:
             what = f"has {sizes[key]} bytes instead of {row['bytes']}" if key in sizes else "is gone"
-            raise DataError(f"{place.uri}/{key} {what}: choose another checkpoint")
+            raise DataError(f"{there.uri}/{key} {what}: choose another checkpoint")
 
 
 @contextlib.contextmanager
@@ -112,10 +117,10 @@ def opened(
         CalotypeError: it is of a format that came later.
     """
     commit, _ = _commit(store, images)
-    place = store.at(FOLDER, f"{images:012d}")
+    there = place(store, images)
 
     def fetched(key: str) -> BinaryIO:
-        return _twice(lambda: _fetched(place, key, commit["files"][key]))
+        return _twice(lambda: _fetched(there, key, commit["files"][key]))
 
     def parsed(key: str) -> Any:
         with fetched(key) as file:
@@ -129,7 +134,7 @@ def opened(
 
     plain = {key.split("-")[0]: parsed(key) for key in commit["files"] if _is_plain(key)}
     if not _is_content(commit, plain):
-        raise DataError(f"{place.uri}: its index or state does not describe it; choose another checkpoint")
+        raise DataError(f"{there.uri}: its index or state does not describe it; choose another checkpoint")
     index = plain.get("index")  # format 1 has none
     missed = _missed(index["pieces"], needed) if index and needed is not None else set()
     keys: dict[str, dict[str, str]] = {}  # kind -> which part -> key
@@ -177,7 +182,7 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
         kind = f"{engine}.weights"
     if kind not in names:
         others = ", ".join(sorted(name.partition("@")[2] for name in names if name.startswith(f"{engine}.ema@")))
-        raise DataError(f"{store.uri}/{FOLDER}/{images:012d} holds no {kind} (further averages: {others or 'none'})")
+        raise DataError(f"{place(store, images).uri} holds no {kind} (further averages: {others or 'none'})")
     with opened(store, images, (kind,)) as found:
         return {name: tensor.clone() for name, tensor in found.tensors[kind].items()}
 
@@ -196,10 +201,10 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     for folder in store.folders(FOLDER):
         if folder.isdigit() and int(folder) < images and int(folder) not in kept:
             discard(store, int(folder))
-    place = store.at(FOLDER, f"{images:012d}")
+    there = place(store, images)
     named = {COMMIT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
-    for key in [entry.key for entry in place.list() if entry.key not in named]:
-        place.delete(key)
+    for key in [entry.key for entry in there.list() if entry.key not in named]:
+        there.delete(key)
 
 
 def damaged(store: Store, images: int) -> bool:
@@ -213,9 +218,9 @@ def damaged(store: Store, images: int) -> bool:
 
 def discard(store: Store, images: int) -> None:
     """Delete a checkpoint, commit first; one that is damaged would stand in the way of the same images saved anew."""
-    place = store.at(FOLDER, f"{images:012d}")
-    for key in sorted((entry.key for entry in place.list()), key=lambda key: key != COMMIT):
-        place.delete(key)
+    there = place(store, images)
+    for key in sorted((entry.key for entry in there.list()), key=lambda key: key != COMMIT):
+        there.delete(key)
 
 
 def _missed(
@@ -278,10 +283,11 @@ def _commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
 
 
 def _read_commit(store: Store, images: int) -> tuple[dict[str, Any], bytes]:
-    where = f"{store.uri}/{FOLDER}/{images:012d}"
+    there = place(store, images)
+    where = there.uri
     try:
         with _reached():
-            data = store.read(f"{FOLDER}/{images:012d}/{COMMIT}")
+            data = there.read(COMMIT)
     except Missing:
         raise DataError(f"{where} is no checkpoint: it was never committed (committed are "
                         f"{', '.join(map(str, committed(store))) or 'none'})") from None  # fmt: skip

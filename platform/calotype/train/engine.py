@@ -24,8 +24,8 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.train import kernels, zero
 from calotype.train.ema import averages
-from calotype.train.plain import Brake, Cast, Piece, Plain, adamw, clip, dealt, named
-from calotype.train.shares import Copies, Share, gathered, take_over
+from calotype.train.plain import Brake, Cast, Placed, Plain, adamw, clip, dealt, named
+from calotype.train.shares import Copies, Share, take_over, whole_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,7 +39,7 @@ class Backend(Protocol):
     """Who owns the weights and takes the step; all of it is collective."""
 
     partitions: Sequence[Tensor]  # fp32 master weights of this rank, on the CPU if offloaded; keys of optimizer.state
-    pieces: list[Piece]
+    pieces: list[Placed]
     replicated: bool
     optimizer: Any  # torch.optim.AdamW
 
@@ -191,13 +191,13 @@ class Engine:
 
     def states(self) -> tuple[States, dict[str, float]]:
         """Named whole fp32 tensors on rank 0's CPU, empty on the others, and scalars everywhere.  Collective."""
-        made = {kind: gathered(tensors, *self._layout()) for kind, tensors in self._kinds().items()}
+        made = {kind: whole_tensors(tensors, *self._layout()) for kind, tensors in self._kinds().items()}
         if self.worker.rank == 0:
             for kind in made.keys() - set(MOMENTS):
                 made[kind].update({name: buffer.detach().cpu() for name, buffer in self._buffers.items()})
         return made, self._scalars()
 
-    def _layout(self) -> tuple[dict[str, tuple[int, ...]], list[Piece], bool, Worker]:
+    def _layout(self) -> tuple[dict[str, tuple[int, ...]], list[Placed], bool, Worker]:
         return self._shapes, self._backend.pieces, self._backend.replicated, self.worker
 
     def _kinds(self) -> dict[str, Sequence[Tensor]]:
@@ -322,7 +322,7 @@ class Zero:
             if self.zero.persistent_parameters:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
-    def _pieces_of_groups(self, module: nn.Module, world: int) -> list[Piece]:
+    def _pieces_of_groups(self, module: nn.Module, world: int) -> list[Placed]:
         """Stages 1 and 2: parameters are views of one flat buffer per group, cut into `world` equal partitions."""
         pieces = []
         for index, (flat, part) in enumerate(zip(self.zero.bit16_groups_flat, self.partitions, strict=True)):
@@ -334,10 +334,10 @@ class Zero:
                 ):
                     for rank in range(offset // size, (offset + parameter.numel() - 1) // size + 1):
                         low, high = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
-                        pieces.append(Piece(name, low - offset, high - low, index, rank, low - rank * size))
+                        pieces.append(Placed(name, low - offset, high - low, index, rank, low - rank * size))
         return pieces
 
-    def _pieces_of_weights(self, module: nn.Module, world: int) -> list[Piece]:
+    def _pieces_of_weights(self, module: nn.Module, world: int) -> list[Placed]:
         """Stage 3: every parameter is cut into `world` equal pieces, the last ones padded."""
         pieces = []
         for name, parameter in named(module):
@@ -345,7 +345,7 @@ class Zero:
             for rank in range(world):
                 count = min(size, parameter.ds_numel - rank * size)
                 if count > 0:
-                    pieces.append(Piece(name, rank * size, count, index, rank, start))
+                    pieces.append(Placed(name, rank * size, count, index, rank, start))
         return pieces
 
 

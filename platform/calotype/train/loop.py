@@ -8,35 +8,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import queue
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from calotype import runs, track
 from calotype.compose import digest_of
 from calotype.config import Optim
 from calotype.console import Progress
-from calotype.environment import Worker
-from calotype.errors import DataError
+from calotype.environment import START, STEP, Worker
+from calotype.train.batching import accumulation, micro_batch
 from calotype.train.engine import Engine
+from calotype.train.feed import Tensors, ahead, take
 from calotype.train.figures import Asked, Clock, LeftOut, Meter
 from calotype.train.guard import Guard
 from calotype.train.saving import resume, saves
 
 log = logging.getLogger(__name__)
-
-Tensors = Mapping[str, Tensor]
-Ready = tuple[Tensors, Sequence[str], float]
-READY = 2  # batches prepared ahead of the step
-PRESENT = "present"  # among prepared rows: 0 for those that weigh nothing
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
 
     with (
         tracking(task, config, worker, record, state) as tracker,
-        ahead(task, images, worker) as batches,
+        ahead(task.batches(images), task.prepare, worker) as batches,
         bar(config, worker, record) as show,
         saves(task.engines, config, worker, record, lambda at: task.saved(tracker, at) if tracker else None) as saving,
     ):
@@ -161,7 +153,7 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                         tracker.log(last, images)
                 break
 
-            worker.beat("steps" if images > start else "starts", images)
+            worker.beat(STEP if images > start else START, images)
             meter.resume()  # the clock of training runs from here
             rows, keys, wait = next(batches)
             shape = tuple(sorted((name, tuple(value.shape)) for name, value in rows.items()))
@@ -229,78 +221,6 @@ def lr(optim: Optim, images: int, total: int) -> float:
     t = min(1.0, images / total)
     fall = {"constant": 1.0, "linear": 1.0 - t, "cosine": 0.5 * (1.0 + math.cos(math.pi * t))}[optim.schedule]
     return optim.lr * warm * fall
-
-
-# ---------------------------------------------------------------------------------------------- micro-batches
-
-
-def micro_batch(config: Any, world: int) -> int:
-    """Samples per forward on one worker, the same on every one.
-
-    Args:
-        world: at most `train.batch` workers (checks.py): each has a share.
-    """
-    most = math.ceil(config.train.batch / world)
-    return min(config.engine.micro_batch or most, most)
-
-
-def accumulation(micro: int, batch: int, world: int) -> int:
-    """Micro-batches per step: as many as the rank with the largest share needs."""
-    return math.ceil(math.ceil(batch / world) / micro)
-
-
-def take(rows: Tensors, first: int, count: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Rows [first, first + count) on the device and their weights; past the end one row of weight 0 pads."""
-    have = len(next(iter(rows.values())))
-    some = slice(first, first + count) if first < have else slice(0, 1)
-    part = {name: value[some].to(device, non_blocking=True) for name, value in rows.items()}
-    size = len(next(iter(part.values())))
-    weight = part.pop(PRESENT, torch.ones(size, device=device))
-    return part, weight if first < have else torch.zeros_like(weight)
-
-
-@contextlib.contextmanager
-def ahead(task: Task, position: int, worker: Worker) -> Iterator[Iterator[Ready]]:
-    """(prepared rows, keys of the samples, seconds waited for them), prepared in a thread while the step runs."""
-    ready: queue.Queue[Any] = queue.Queue(READY)
-    over = threading.Event()
-    source = task.batches(position)
-
-    def put(item: Any) -> None:
-        while not over.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def fill() -> None:
-        try:
-            for batch in source:
-                rows = dict(task.prepare(batch))
-                if not getattr(batch, "present", np.ones(1)).all():
-                    rows[PRESENT] = torch.from_numpy(batch.present).float()
-                rows = {k: v.pin_memory() for k, v in rows.items()} if worker.device.startswith("cuda") else rows
-                put((rows, getattr(batch, "keys", ())))
-                if over.is_set():
-                    return
-            put(DataError("the batches ended before train.images was reached"))
-        except BaseException as error:  # raised again where the batch is awaited
-            put(error)
-
-    def drain() -> Iterator[Ready]:
-        while True:
-            began = time.monotonic()
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield *item, time.monotonic() - began
-
-    thread = threading.Thread(target=fill, name="batches", daemon=True)
-    thread.start()
-    try:
-        yield drain()
-    finally:
-        over.set()  # the thread drops its iterator, which ends the reading behind it
-        thread.join(10)
 
 
 def digest_seed(seed: int, images: int, rank: int) -> int:

@@ -62,7 +62,8 @@ def averages(ema: EMA) -> int:
 def per_rank(
     parameters: int, world: int, kind: str, stage: int, averages: int, gpu: bool, offload: str = "none"
 ) -> Memory:
-    """
+    """Bytes of one of `world` ranks.
+
     Args:
         kind, stage: of the engine; `torch` has no stages.
         averages: of the weights, that are kept.

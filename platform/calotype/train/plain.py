@@ -16,7 +16,7 @@ from calotype.environment import Worker
 
 
 @dataclass(frozen=True)
-class Piece:
+class Placed:
     """`count` elements of parameter `name` from its flat index `begin` on: where they lie."""
 
     name: str
@@ -146,7 +146,7 @@ def named(cast: nn.Module) -> list[tuple[str, Any]]:
     return [(name.removeprefix("module."), parameter) for name, parameter in cast.named_parameters()]
 
 
-def dealt(cast: nn.Module, world: int) -> list[Piece]:
+def dealt(cast: nn.Module, world: int) -> list[Placed]:
     """Every parameter is a partition of its own, on every rank; each rank saves an equal share of their elements."""
     parameters = named(cast)
     total, offset = sum(p.numel() for _, p in parameters), 0
@@ -156,6 +156,6 @@ def dealt(cast: nn.Module, world: int) -> list[Piece]:
         for rank in range(world):
             low, high = max(offset, bounds[rank]), min(offset + parameter.numel(), bounds[rank + 1])
             if low < high:
-                pieces.append(Piece(name, low - offset, high - low, index, rank, low - offset))
+                pieces.append(Placed(name, low - offset, high - low, index, rank, low - offset))
         offset += parameter.numel()
     return pieces

@@ -196,7 +196,7 @@ class Saving:
         began: float,
     ) -> None:
         store, images, rank, world = self.record.artifacts, flight.images, self.worker.rank, self.worker.world
-        place = store.at(checkpoint.FOLDER, f"{images:012d}")
+        place = checkpoint.place(store, images)
 
         def upload() -> dict[str, Any]:
             part = shares.write(store, images, rank, copied)
@@ -304,7 +304,7 @@ def check_ours(saved: checkpoint.Checkpoint, record: runs.Record) -> None:
     """Refuse weights and a position of another run; older versions wrote down no identity."""
     owner = saved.state.get("identity", record.identity)
     if owner != record.identity:
-        uri = record.artifacts.at(checkpoint.FOLDER, f"{saved.images:012d}").uri
+        uri = checkpoint.place(record.artifacts, saved.images).uri
         raise CalotypeError(
             f"{uri} is a checkpoint of run {owner[:8]}, not of {record.name} ({record.identity[:8]}): move it away, or "
             "start from its weights with denoiser.init_from"

@@ -23,8 +23,8 @@ from torch import Tensor
 from calotype.data.store import Store
 from calotype.data.threads import Daemons, Steps
 from calotype.environment import Worker
-from calotype.train import plain
-from calotype.train.checkpoint import BUFFERS, COMMIT, FOLDER, FORMAT, Piece
+from calotype.train import checkpoint, plain
+from calotype.train.checkpoint import BUFFERS, COMMIT, FORMAT, Piece
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Share:
 class Copies:
     """Copies of one rank's pieces in host memory, pinned beside a GPU; the same memory every time."""
 
-    def __init__(self, pieces: Sequence[plain.Piece], device: str) -> None:
+    def __init__(self, pieces: Sequence[plain.Placed], device: str) -> None:
         self.pieces = pieces
         self._cuda = device.startswith("cuda")
         self._memory: dict[str, Tensor] = {}
@@ -93,10 +93,10 @@ def _event() -> torch.cuda.Event:
 
 
 @torch.no_grad()
-def gathered(
+def whole_tensors(
     tensors: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-    pieces: Sequence[plain.Piece],
+    pieces: Sequence[plain.Placed],
     replicated: bool,
     worker: Worker,
 ) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def take_over(
     named: Mapping[str, Tensor],
     tensors: Sequence[Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-    pieces: Sequence[plain.Piece],
+    pieces: Sequence[plain.Placed],
     replicated: bool,
     worker: Worker,
 ) -> None:
@@ -140,7 +140,7 @@ def take_over(
 
 def write(store: Store, images: int, rank: int, shares: Mapping[str, Share]) -> dict[str, Any]:
     """Upload what one rank holds, by engine, once it is ready; what `commit` must know of it, as plain data."""
-    place = store.at(FOLDER, f"{images:012d}")
+    place = checkpoint.place(store, images)
     files: dict[str, dict[str, Any]] = {}
     pieces: dict[str, dict[str, list[Piece]]] = {}
     with _sending(place) as send:
@@ -179,7 +179,7 @@ def commit(
     Returns:
         False if these images were committed already (the older commit stands).
     """
-    place = store.at(FOLDER, f"{images:012d}")
+    place = checkpoint.place(store, images)
     files = {key: row for part in parts for key, row in part["files"].items()}
     pieces: dict[str, dict[str, list[Piece]]] = {engine: {} for engine in shapes}
     for part in parts:

@@ -13,7 +13,8 @@ SMALL = 1000  # and has weights of at most 1/SMALL of the model whole always
 
 
 def settings(parameters: int, engine: config.Engine, accumulation: int, clip: float, gpu: bool) -> dict[str, Any]:
-    """
+    """DeepSpeed's config, a dict; sizes in elements.
+
     Args:
         parameters: elements of the whole model.
         accumulation: micro-batches per step.
