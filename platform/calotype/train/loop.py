@@ -137,11 +137,11 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     log.info("%s images  %s  (%s)", f"{images:,}", said, task.where(images))
                 if tracker:
                     tracker.log(fresh, images)
-            first = task.keep_start and not state and images == start
-            if saving and (first or (images > start and (ending or due(settings.checkpoint_every)))):
+            initial = task.keep_start and not state and images == start
+            if saving and (initial or (images > start and (ending or due(settings.checkpoint_every)))):
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
-                also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
+                also: dict[str, Any] = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
                 also |= {"validated": validated, "spent": dict(task.spent())}
                 saving.begin(images, clock, figures, also)
             show(images, figures)
