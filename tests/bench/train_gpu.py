@@ -4,7 +4,7 @@
     ours   the loop over a real cache of latents and 77 x 1024 embeddings; each eager and compiled
 
 Weights are random: they cost as much as any.  FLOPs of an image, forward and backward, and the device's dense peak in
-bf16 are those of model/cost.py, where a device that it does not know has no MFU.  On a CPU (--device cpu) it is a small
+bf16 are those of a training's own figures, where an unknown device has no MFU.  On a CPU (--device cpu) it is a small
 UNet in float32, to see that all of it runs.
 """
 
@@ -26,10 +26,11 @@ from calotype.data import Dataset, Stream
 from calotype.data.manifest import Manifest
 from calotype.data.store import open_store
 from calotype.environment import Worker
-from calotype.model import conditioner, cost
+from calotype.model import conditioner
 from calotype.model.denoiser import build_denoiser
 from calotype.model.diffusion import Diffusion
 from calotype.tasks import denoiser
+from calotype.tasks.spent import Spent
 from calotype.train import loop
 from calotype.train.engine import Engine
 from torch import Tensor, nn
@@ -147,10 +148,10 @@ def main(edges: list[int], device: str, batch: int, steps: int) -> None:
                 _free(cuda)
                 rates["ours"] = ours(settings, folder, manifest, device)
                 _free(cuda)
-                peak = cost.peak_tflops(device, settings.engine.precision)
-                flops = cost.flops_per_image(settings, shape) if peak else 0.0
+                spent = Spent(settings, Worker(device=device), shape, None)
                 for who, rate in rates.items():
-                    mfu = f"  MFU {100 * rate * flops / 1e12 / peak:.1f} %" if peak else ""
+                    figures = spent.figures({"images_per_second": rate})
+                    mfu = f"  MFU {figures['mfu_percent']:.1f} %" if "mfu_percent" in figures else ""
                     how = "eager" if compiled == "none" else "compiled"
                     print(f"{edge} px {how:<9}{who:<5}{rate:8.1f} images/s{mfu}", flush=True)
                 print(f"{edge} px {how:<9}ours / bare {rates['ours'] / rates['bare']:.3f}", flush=True)
