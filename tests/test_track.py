@@ -191,6 +191,37 @@ def test_what_could_not_be_delivered_waits_beside_the_artifacts(
     assert list(record.artifacts.list("unsent/")) == []
 
 
+def test_what_waits_is_kept_as_long_as_mlflow_is_away(
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "WAIT", 0.5)
+    record = begin(settings)
+    wire.cut()
+
+    def attempt(steps: range) -> None:
+        worker = track.attach(settings, record)
+        for step in steps:
+            worker.log({"loss": float(step)}, step)
+        worker.finish()
+
+    with track.open_run(settings, record) as driver:
+        attempt(range(1, 6))
+        driver.figures({"accuracy": 1.0, "images": 5})
+    kept = {entry.key: record.artifacts.read(entry.key) for entry in record.artifacts.list("unsent/")}
+    assert set(kept) == {"unsent/driver.json", "unsent/worker.json"}
+    track.settle(record)  # the same command, MLflow still away
+    with track.open_run(settings, record):  # an attempt that is stopped
+        pass
+    assert {entry.key: record.artifacts.read(entry.key) for entry in record.artifacts.list("unsent/")} == kept
+    attempt(range(4, 9))  # steps 4 and 5 are trained again
+    wire.mend()
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    track.settle(record)
+    assert history(record, "loss") == [(step, float(step)) for step in range(1, 9)]
+    assert history(record, "accuracy") == [(5, 1.0)]
+    assert list(record.artifacts.list("unsent/")) == []
+
+
 def test_a_point_that_mlflow_refuses_takes_no_other_with_it(wire: Wire, settings: Any, caplog: Any) -> None:
     record = begin(settings)
     tracker = track.attach(settings, record)

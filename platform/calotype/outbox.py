@@ -5,6 +5,7 @@ Promise (DESIGN P6): putting something in takes microseconds, and in the end eve
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -39,13 +40,18 @@ class Server(Protocol):
 
 
 class Outbox:
-    """What is to be told to the server, in order, by one thread."""
+    """What is to be told to the server, in order, by one thread.
+
+    Attributes:
+        asked: the server has said what it holds, so that points which an earlier attempt left are among those here.
+    """
 
     def __init__(self, server: Server, pending: Iterable[Sequence[Any]] = ()) -> None:
         self._server = server
         self._points: deque[Point] = deque()
         self._actions: deque[Action] = deque()
         self._last: dict[str, int] = {}  # key -> newest step queued here or held by the server
+        self.asked = False
         self._start: float | None = None  # of the run, in seconds; known once the server has answered
         self._size = BATCH
         self._final: Action | None = None
@@ -156,6 +162,9 @@ class Outbox:
     def _sync(self, start: float, held: dict[str, int], left: list[Point]) -> None:
         """Forget points that the server holds: replays after a restart, or sent by a request that seemed to fail."""
         with self._changed:
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                return  # who closes has been told what is left
+            self.asked = True
             points, self._points, self._last = [*left, *self._points], deque(), dict(held)
             self._start = start
             self.put(points)
@@ -184,3 +193,11 @@ def as_point(data: Sequence[Any]) -> Point:
     """A point that came back from JSON."""
     key, value, images, when = data
     return str(key), float(value), int(images), int(when)
+
+
+def merged(*parts: Iterable[Point]) -> list[Point]:
+    """The points of all parts in order, each (key, step) once: the first."""
+    found: dict[tuple[str, int], Point] = {}
+    for point in itertools.chain(*parts):
+        found.setdefault((point[0], point[2]), point)
+    return list(found.values())

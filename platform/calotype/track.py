@@ -20,7 +20,7 @@ from typing import Any
 from calotype.compose import as_data
 from calotype.data.store import Missing
 from calotype.errors import CalotypeError, ConfigError
-from calotype.outbox import Outbox, Point, as_point
+from calotype.outbox import Outbox, Point, as_point, merged
 from calotype.pictures import write_picture
 from calotype.provenance import as_yaml, commit, parameters
 from calotype.runs import Record, driver_host
@@ -130,8 +130,8 @@ def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -
 def settle(record: Record) -> None:
     """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
     left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
-    for key in left:
-        MlflowTracker(record, Path(key).stem).finish("FINISHED" if "driver" in key else "")
+    for role in (Path(key).stem for key in left):
+        MlflowTracker(record, role, _unsent(record, role)).finish("FINISHED" if role == "driver" else "")
 
 
 def open_parent(config: Any, job: str) -> str:
@@ -164,8 +164,8 @@ class MlflowTracker(Tracker):
     def __init__(self, record: Record, role: str, pending: Iterable[Sequence[Any]] = ()) -> None:
         super().__init__(record)
         self._run = record.mlflow_run_id
-        self._unsent = f"unsent/{role}.json"  # beside the artifacts: what could not be delivered in time
-        self._outbox = Outbox(_Server(self._run, self._left), pending)
+        self._role = role
+        self._outbox = Outbox(_Server(self._run, lambda: _unsent(record, role)), pending)
         self._painter = ThreadPoolExecutor(1, "pictures")
         self._drawn = False
         self._watching: threading.Thread | None = None
@@ -270,16 +270,17 @@ class MlflowTracker(Tracker):
         if self._watching:
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
-        if left := self._outbox.close(final, WAIT):
-            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
-            _surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
-        else:
-            _surely(self._unsent, lambda: self.record.artifacts.delete(self._unsent))
+        left = self._outbox.close(final, WAIT)
+        _surely(_place(self._role), lambda: self._keep(left))
 
-    def _left(self) -> list[Point]:
-        with contextlib.suppress(Missing):
-            return [as_point(point) for point in json.loads(self.record.artifacts.read(self._unsent))]
-        return []
+    def _keep(self, left: list[Point]) -> None:
+        """What is left waits beside the artifacts, with what an earlier attempt left there and MLflow never heard of."""
+        place = _place(self._role)
+        if left := left if self._outbox.asked else merged(_unsent(self.record, self._role), left):
+            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, place)
+            self.record.artifacts.write(place, json.dumps(left).encode())
+        else:
+            self.record.artifacts.delete(place)
 
     def _measure(self, node: str) -> None:
         if (start := self._outbox.start(self._stop)) is None or (node and node == driver_host(self.record)):
@@ -386,6 +387,17 @@ def _experiment(client: Any, config: Any) -> str:
     if found.lifecycle_stage != "active":
         raise ConfigError(f"track.experiment={name} was deleted in MLflow: restore it, or choose another name")
     return str(found.experiment_id)
+
+
+def _place(role: str) -> str:
+    """Where that which a role could not deliver in time lies among the artifacts."""
+    return f"unsent/{role}.json"
+
+
+def _unsent(record: Record, role: str) -> list[Point]:
+    with contextlib.suppress(Missing):
+        return [as_point(point) for point in json.loads(record.artifacts.read(_place(role)))]
+    return []
 
 
 def _outputs(run: Any) -> list[Any]:
