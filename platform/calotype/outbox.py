@@ -5,7 +5,6 @@ Promise (DESIGN P6): putting something in takes microseconds, and in the end eve
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -193,11 +192,3 @@ def as_point(data: Sequence[Any]) -> Point:
     """A point that came back from JSON."""
     key, value, images, when = data
     return str(key), float(value), int(images), int(when)
-
-
-def merged(*parts: Iterable[Point]) -> list[Point]:
-    """The points of all parts in order, each (key, step) once: the first."""
-    found: dict[tuple[str, int], Point] = {}
-    for point in itertools.chain(*parts):
-        found.setdefault((point[0], point[2]), point)
-    return list(found.values())

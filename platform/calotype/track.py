@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from calotype import unsent
 from calotype.compose import as_data
-from calotype.data.store import Missing
 from calotype.errors import CalotypeError, ConfigError
-from calotype.outbox import Outbox, Point, as_point, merged
+from calotype.outbox import Outbox, Point
 from calotype.pictures import write_picture
 from calotype.provenance import as_yaml, commit, parameters
 from calotype.runs import Record, driver_host
@@ -129,9 +128,8 @@ def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = ()) -
 
 def settle(record: Record) -> None:
     """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
-    left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
-    for role in (Path(key).stem for key in left):
-        MlflowTracker(record, role, _unsent(record, role)).finish("FINISHED" if role == "driver" else "")
+    for role in unsent.roles(record) if record.mlflow_run_id else ():
+        MlflowTracker(record, role, unsent.read(record, role)).finish("FINISHED" if role == "driver" else "")
 
 
 def open_parent(config: Any, job: str) -> str:
@@ -165,7 +163,7 @@ class MlflowTracker(Tracker):
         super().__init__(record)
         self._run = record.mlflow_run_id
         self._role = role
-        self._outbox = Outbox(_Server(self._run, lambda: _unsent(record, role)), pending)
+        self._outbox = Outbox(_Server(self._run, lambda: unsent.read(record, role)), pending)
         self._painter = ThreadPoolExecutor(1, "pictures")
         self._drawn = False
         self._watching: threading.Thread | None = None
@@ -271,16 +269,12 @@ class MlflowTracker(Tracker):
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
         left = self._outbox.close(final, WAIT)
-        _surely(_place(self._role), lambda: self._keep(left))
+        _surely(unsent.place(self._role), lambda: self._keep(left))
 
-    def _keep(self, left: list[Point]) -> None:
-        """What is left waits beside the artifacts, with what an earlier attempt left there and MLflow never heard of."""
-        place = _place(self._role)
-        if left := left if self._outbox.asked else merged(_unsent(self.record, self._role), left):
-            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, place)
-            self.record.artifacts.write(place, json.dumps(left).encode())
-        else:
-            self.record.artifacts.delete(place)
+    def _keep(self, left: Sequence[Point]) -> None:
+        if count := unsent.keep(self.record, self._role, left, self._outbox.asked):
+            place = unsent.place(self._role)
+            log.warning("MLflow did not take %d points within %.0f s: they are in %s", count, WAIT, place)
 
     def _measure(self, node: str) -> None:
         if (start := self._outbox.start(self._stop)) is None or (node and node == driver_host(self.record)):
@@ -387,17 +381,6 @@ def _experiment(client: Any, config: Any) -> str:
     if found.lifecycle_stage != "active":
         raise ConfigError(f"track.experiment={name} was deleted in MLflow: restore it, or choose another name")
     return str(found.experiment_id)
-
-
-def _place(role: str) -> str:
-    """Where that which a role could not deliver in time lies among the artifacts."""
-    return f"unsent/{role}.json"
-
-
-def _unsent(record: Record, role: str) -> list[Point]:
-    with contextlib.suppress(Missing):
-        return [as_point(point) for point in json.loads(record.artifacts.read(_place(role)))]
-    return []
 
 
 def _outputs(run: Any) -> list[Any]:
