@@ -9,7 +9,7 @@ from pathlib import Path
 from calotype import registry, runs
 from calotype.config import TrainDenoiser
 from calotype.data.store import Store
-from calotype.errors import CalotypeError, ConfigError
+from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.tasks.sample import load_denoiser, trained
 from calotype.train import checkpoint
 
@@ -65,6 +65,8 @@ def promote(root: str, reference: str, model: str = "", alias: str = "") -> Prom
         why = "" if place.exists(INDEX) else _export(record, settings, digest, halflife, place)
         source = record.artifacts.at(checkpoint.FOLDER, f"{images:012d}") if why else place
         told = _told(record, settings, images, halflife, loss, why)
+        if why:  # nothing else has these weights: a training that goes on must not forget them
+            checkpoint.hold(record.artifacts, images)
         grid = _grid(record, images)
         if grid and not why:
             place.write("samples.png", record.artifacts.read(grid))
@@ -87,8 +89,13 @@ def best(record: runs.Record) -> tuple[int, int, float | None]:
     names = {0: METRIC} | {one: f"{METRIC}_ema_{one}" for one in trained(record).ema.halflives}
     found: list[tuple[float, int, int]] = []
     for images in checkpoint.committed(record.artifacts):
-        with checkpoint.opened(record.artifacts, images, ()) as saved:
-            known = saved.state["figures"]
+        try:
+            with checkpoint.opened(record.artifacts, images, ()) as saved:
+                known = saved.state["figures"]
+        except DataError:
+            if images in checkpoint.committed(record.artifacts):
+                raise
+            continue  # forgotten since it was listed: the run is being continued
         found += [(known.get(name, float("inf")), -images, halflife) for halflife, name in names.items()]
     if not found:
         raise CalotypeError(f"train_denoiser {record.name} has no checkpoint any more: train it again")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # this page is also read at submit, where torch is not
 
 FORMAT, FIRST_FORMAT = "calotype.checkpoint/2", "calotype.checkpoint/1"
 FOLDER, COMMIT = "checkpoints", "COMMIT.json"
+KEPT = "KEPT"  # beside a commit: somebody points to this checkpoint, so it is not forgotten
 BUFFERS = "buffers"  # a kind of its own: the weights and their averages have them in common
 BLOCK = 2**24  # bytes per read
 FETCHED = 4  # files that are downloaded at once
@@ -213,8 +214,9 @@ class _Pieced(Mapping[str, "Tensor"]):
 def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     """Collect what is not wanted any more, once `images` are committed.
 
-    Kept are the newest `keep`, and the first one at or after each multiple of `keep_every`.  Deleted are older ones,
-    what was never committed before `images`, and what died attempts left beside the files of `images`.
+    Kept are the newest `keep`, the first one at or after each multiple of `keep_every`, and those that `hold` marked.
+    Deleted are older ones, what was never committed before `images`, and what died attempts left beside the files of
+    `images`.
     """
     known = committed(store)
     kept = set(known[-keep:])
@@ -222,12 +224,27 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
         spans = [number // keep_every for number in known]
         kept |= {known[spans.index(span)] for span in spans if span}
     for folder in store.folders(FOLDER):
-        if folder.isdigit() and int(folder) < images and int(folder) not in kept:
+        old = folder.isdigit() and int(folder) < images and int(folder) not in kept
+        if old and not store.exists(f"{FOLDER}/{folder}/{KEPT}"):
             discard(store, int(folder))
     place = store.at(FOLDER, f"{images:012d}")
-    named = {COMMIT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
+    named = {COMMIT, KEPT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
     for key in [entry.key for entry in place.list() if entry.key not in named]:
         place.delete(key)
+
+
+def hold(store: Store, images: int) -> None:
+    """Keep a checkpoint for ever.
+
+    Raises:
+        DataError: it is not there any more.
+    """
+    store.write(f"{FOLDER}/{images:012d}/{KEPT}", b"")
+    try:
+        check(store, images)  # it may have been forgotten in this very moment
+    except DataError:
+        store.delete(f"{FOLDER}/{images:012d}/{KEPT}")
+        raise
 
 
 def discard(store: Store, images: int) -> None:
