@@ -124,6 +124,15 @@ def test_it_learns_and_reports(record: Record, notes: Notes) -> None:
     assert notes.finished == 1
 
 
+def test_goodput_is_no_more_than_all_time(record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the driver's clock is an hour ahead of the worker's."""
+    ahead = time.time() + 3600
+    monkeypatch.setattr(loop.runs, "first_attempt_started", lambda record: ahead)
+    made = settings(images=4 * BATCH, log_every=BATCH)
+    loop.run(task(made), made, Worker(), record)
+    assert all(0 <= figures["goodput"] <= 1 for _, figures in notes.points if "goodput" in figures)
+
+
 def test_logged_losses_are_means_over_the_interval(record: Record, notes: Notes) -> None:
     made = settings()
     loop.run(task(made), made, Worker(), record)
