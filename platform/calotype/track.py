@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from calotype import unsent
+from calotype import machine, unsent
 from calotype.compose import as_data
 from calotype.errors import CalotypeError, ConfigError
 from calotype.outbox import Outbox, Point
@@ -269,30 +269,15 @@ class MlflowTracker(Tracker):
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
         left = self._outbox.close(final, WAIT)
-        _surely(unsent.place(self._role), lambda: self._keep(left))
-
-    def _keep(self, left: Sequence[Point]) -> None:
-        if count := unsent.keep(self.record, self._role, left, self._outbox.asked):
-            place = unsent.place(self._role)
-            log.warning("MLflow did not take %d points within %.0f s: they are in %s", count, WAIT, place)
+        place = unsent.place(self._role)
+        _surely(place, lambda: unsent.keep(self.record, self._role, left, self._outbox.asked))
 
     def _measure(self, node: str) -> None:
         if (start := self._outbox.start(self._stop)) is None or (node and node == driver_host(self.record)):
             return
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(Exception):  # no NVIDIA driver or no NVML bindings: many kinds of error, one meaning
-            monitors.append(GPUMonitor())
+        monitors = machine.monitors()
         while not self._stop.wait(SECONDS):
-            found: dict[str, float] = {}
-            for monitor in monitors:
-                monitor.collect_metrics()
-                found |= monitor.aggregate_metrics()
-                monitor.clear_metrics()
+            found = machine.measured(monitors)
             # The step of a system metric is the run's age in seconds: it rises over restarts too.
             prefix = f"system/{node}/" if node else "system/"
             self.log({prefix + key: value for key, value in found.items()}, int(time.time() - start))

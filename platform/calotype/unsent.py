@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from calotype.data.store import Missing
 from calotype.outbox import Point, as_point
 from calotype.runs import Record
+
+log = logging.getLogger(__name__)
 
 
 def place(role: str) -> str:
@@ -29,20 +32,17 @@ def read(record: Record, role: str) -> list[Point]:
     return []
 
 
-def keep(record: Record, role: str, left: Sequence[Point], whole: bool) -> int:
+def keep(record: Record, role: str, left: Sequence[Point], whole: bool) -> None:
     """Let what is left of a role wait there.
 
     Args:
         whole: what waited there before was read, so that it was delivered or is left; otherwise it stays, first.
-
-    Returns:
-        How many points wait.
     """
     points: dict[tuple[str, int], Point] = {}
     for point in [*([] if whole else read(record, role)), *left]:
         points.setdefault((point[0], point[2]), point)
     if points:
+        log.warning("MLflow did not take %d points in time: they are in %s", len(points), place(role))
         record.artifacts.write(place(role), json.dumps(list(points.values())).encode())
     else:
         record.artifacts.delete(place(role))
-    return len(points)
