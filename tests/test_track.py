@@ -222,6 +222,34 @@ def test_what_waits_is_kept_as_long_as_mlflow_is_away(
     assert list(record.artifacts.list("unsent/")) == []
 
 
+@pytest.mark.parametrize("back", ["between the worker's end and the driver's", "after both"])
+def test_the_last_figures_do_not_take_the_place_of_a_curve_that_waits(
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch, back: str
+) -> None:
+    monkeypatch.setattr(track, "WAIT", 0.5)
+    record = begin(settings)
+    curve = [(step, 1 / step) for step in range(1, 11)]
+    with track.open_run(settings, record) as driver:
+        until(lambda: seen(record).data.params.get("name") == "mine")  # so it knew what MLflow held
+        wire.cut()
+        worker = track.attach(settings, record)
+        for step, loss in curve:
+            worker.log({"loss": loss} | ({"validation_loss": loss} if step == 8 else {}), step)
+        worker.finish()
+        if back != "after both":
+            wire.mend()
+            monkeypatch.setattr(track, "WAIT", 20.0)
+        driver.figures({"loss": 0.1, "validation_loss": 1 / 8, "accuracy": 1.0, "images": 10})
+    assert len(list(record.artifacts.list("unsent/"))) == (2 if back == "after both" else 1)
+    wire.mend()
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    track.settle(record)
+    assert history(record, "loss") == curve
+    assert history(record, "validation_loss") == [(8, 1 / 8)]
+    assert history(record, "accuracy") == [(10, 1.0)]
+    assert list(record.artifacts.list("unsent/")) == []
+
+
 def test_a_point_that_mlflow_refuses_takes_no_other_with_it(wire: Wire, settings: Any, caplog: Any) -> None:
     record = begin(settings)
     tracker = track.attach(settings, record)

@@ -52,6 +52,7 @@ class Outbox:
         self._last: dict[str, int] = {}  # key -> newest step queued here or held by the server
         self.asked = False
         self._start: float | None = None  # of the run, in seconds; known once the server has answered
+        self._outdated = False  # an answer that is on its way, by a question that came later
         self._size = BATCH
         self._final: Action | None = None
         self._deadline: float | None = None  # set when closing
@@ -78,7 +79,7 @@ class Outbox:
     def ask_again(self) -> None:
         """Learn anew what the server holds before anything is sent: other processes tell it about the run too."""
         with self._changed:
-            self._start = None
+            self._start, self._outdated = None, True
             self._changed.notify_all()
 
     def pending(self) -> list[Point]:
@@ -143,6 +144,7 @@ class Outbox:
     def _turn(self, client: Any) -> None:
         """One request, or one action: whatever is next."""
         if self._start is None:
+            self._outdated = False
             self._sync(*self._server.held(client))
         elif self._actions:
             self._actions[0](client)
@@ -165,7 +167,7 @@ class Outbox:
                 return  # who closes has been told what is left
             self.asked = True
             points, self._points, self._last = [*left, *self._points], deque(), dict(held)
-            self._start = start
+            self._start = None if self._outdated else start
             self.put(points)
 
     def _drop(self, error: Exception) -> None:

@@ -163,7 +163,8 @@ class MlflowTracker(Tracker):
         super().__init__(record)
         self._run = record.mlflow_run_id
         self._role = role
-        self._outbox = Outbox(_Server(self._run, lambda: unsent.read(record, role)), pending)
+        curves = (lambda: unsent.read(record, "worker")) if role == "driver" else list
+        self._outbox = Outbox(_Server(self._run, lambda: unsent.read(record, role), curves), pending)
         self._painter = ThreadPoolExecutor(1, "pictures")
         self._drawn = False
         self._watching: threading.Thread | None = None
@@ -292,13 +293,17 @@ class _Server:
 
     run: str
     left: Callable[[], list[Point]]
+    curves: Callable[[], list[Point]] = list  # of another role, that wait: their keys are not for this one
 
     def connect(self) -> Any:
         return connect()
 
     def held(self, client: Any) -> tuple[float, dict[str, int], list[Point]]:
+        # Read first: what is delivered meanwhile is among the run's.  One later point would make a curve a replay.
+        waiting = {point[0]: sys.maxsize for point in self.curves()}
         run = client.get_run(self.run)
-        return run.info.start_time / 1000, {m.key: m.step for m in run.data.to_proto().metrics}, self.left()
+        held = {m.key: m.step for m in run.data.to_proto().metrics}
+        return run.info.start_time / 1000, held | waiting, self.left()
 
     def send(self, client: Any, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
