@@ -33,6 +33,7 @@ class Wire:
         self.port = self.listener.getsockname()[1]
         self.up = True
         self.lose_answers = 0
+        self.ingress = False
         self.open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -68,6 +69,10 @@ class Wire:
                 if answer and self.lose_answers > 0:
                     self.lose_answers -= 1
                     break
+                if self.ingress and not answer:
+                    body = b"default backend - 404"
+                    source.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                    continue
                 target.sendall(data)
         except OSError:
             pass
@@ -258,6 +263,40 @@ def test_a_point_that_mlflow_refuses_takes_no_other_with_it(wire: Wire, settings
     tracker.finish()
     assert [step for step, _ in history(record, "good")] == list(range(30))
     assert "bad!key" in caplog.text
+
+
+def test_an_ingress_without_a_backend_is_an_outage(wire: Wire, settings: Any, caplog: Any) -> None:
+    record = begin(settings)
+    worker = track.attach(settings, record)
+    worker.log({"loss": 0.0}, 0)
+    until(lambda: worker.pending() == [])
+    wire.ingress = True
+    late = track.attach(settings, record, [("late", 1.0, 1, 1)])  # MLflow cannot be asked what it holds
+    late.tags({"late": "yes"})
+    worker.tags({"told": "yes"})
+    for step in range(1, 30):
+        worker.log({"loss": float(step)}, step)
+    until(lambda: caplog.text.count("its points wait here") >= 2)
+    wire.ingress = False
+    late.finish()
+    worker.finish()
+    assert history(record, "late") == [(1, 1.0)]
+    assert history(record, "loss") == [(step, float(step)) for step in range(30)]
+    assert seen(record).data.tags.items() >= {"late": "yes", "told": "yes"}.items()
+    assert "refuses" not in caplog.text
+
+
+def test_what_waits_for_a_run_that_is_gone_stays_where_it_is(
+    wire: Wire, settings: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = dataclasses.replace(begin(settings), mlflow_run_id="0" * 32)
+    record.artifacts.write("unsent/worker.json", b'[["loss", 1.0, 1, 1]]')
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    start = time.monotonic()
+    track.settle(record)
+    assert time.monotonic() - start < 10, "asking again does not help"
+    assert "refuses all that waits" in caplog.text
+    assert json.loads(record.artifacts.read("unsent/worker.json")) == [["loss", 1.0, 1, 1]]
 
 
 def test_machine_figures_are_measured_and_rise_over_restarts(

@@ -37,6 +37,9 @@ class Server(Protocol):
     def refused(self, error: Exception) -> bool:
         """Whether asking again cannot help."""
 
+    def gone(self, error: Exception) -> bool:
+        """Whether the server does not know the run, when it was asked what it holds: nothing can be told any more."""
+
 
 class Outbox:
     """What is to be told to the server, in order, by one thread.
@@ -113,7 +116,8 @@ class Outbox:
                 self._turn(client)
                 delay = 0.0
             except Exception as error:  # requests, urllib3, JSON and MLflow errors alike: the server is not well
-                if self._server.refused(error):
+                final = self._server.gone if self._start is None else self._server.refused
+                if final(error):
                     self._drop(error)
                     continue
                 if not delay:
@@ -177,6 +181,7 @@ class Outbox:
             if self._start is None:
                 self._points.clear()
                 self._actions.clear()
+                self.asked = False  # what an earlier attempt left stays where it is
                 self._final, self._start = None, time.time()
             elif self._actions:
                 lost = self._actions.popleft().__qualname__

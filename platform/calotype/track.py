@@ -311,9 +311,24 @@ class _Server:
         client.log_batch(self.run, metrics=[Metric(key, value, when, step) for key, value, step, when in points])
 
     def refused(self, error: Exception) -> bool:
-        """The server understood and said no; a timeout, a lock or a missing right may pass."""
+        """MLflow understood and said no; a timeout, a lock, a missing right may pass, and so may an ingress's 404."""
         status = getattr(error, "get_http_status_code", lambda: 500)()
-        return isinstance(error, ConfigError) or (400 <= status < 500 and status not in (401, 403, 408, 425, 429))
+        no = 400 <= status < 500 and status not in (401, 403, 408, 425, 429)
+        return isinstance(error, ConfigError) or (no and _code(error) != "")
+
+    def gone(self, error: Exception) -> bool:
+        return _code(error) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def _code(error: Exception) -> str:
+    """The reason that MLflow itself gave, server or client; "" for what a proxy before it made of a request."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(error, RestException):
+        return str(error.json.get("error_code", ""))
+    # The client alone says this; an answer of status 400 that is no JSON becomes a BAD_REQUEST.
+    own = isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+    return "INVALID_PARAMETER_VALUE" if own else ""
 
 
 def connect() -> Any:
