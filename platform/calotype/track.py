@@ -163,7 +163,7 @@ class MlflowTracker(Tracker):
         super().__init__(record)
         self._run = record.mlflow_run_id
         self._role = role
-        curves = (lambda: unsent.read(record, "worker")) if role == "driver" else list
+        curves: Callable[[], list[Point]] = (lambda: unsent.read(record, "worker")) if role == "driver" else list
         self._outbox = Outbox(_Server(self._run, lambda: unsent.read(record, role), curves), pending)
         self._painter = ThreadPoolExecutor(1, "pictures")
         self._drawn = False
