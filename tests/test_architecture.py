@@ -16,7 +16,7 @@ PLATFORM = ROOT / "platform"
 # A room may import rooms of its own floor and of the floors below.
 FLOORS = (
     ("errors", "config", "checks", "compose", "environment", "console", "sentences", "outbox", "provenance"),
-    ("data", "model", "train", "track", "runs", "pictures", "listing", "caches", "registry"),
+    ("data", "model", "train", "track", "runs", "pictures", "unsent", "machine", "listing", "caches", "registry"),
     ("tasks", "cluster", "cli", "data_verbs", "cache_verbs", "plan_verb", "model_verbs", "demo", "__main__"),
     ("jobs", "hydra_plugins"),
 )
@@ -38,7 +38,7 @@ LIBRARIES = {
     "tarfile": ("calotype.data.tar",),
     "deepspeed": ("calotype.train.engine",),
     "ray": ("calotype.cluster",),
-    "mlflow": ("calotype.track",),
+    "mlflow": ("calotype.track", "calotype.machine"),
     "hydra": ("calotype.compose", "hydra_plugins"),
 }
 LONG_FUNCTIONS = {"calotype.train.loop": ("run",)}  # the loop itself

@@ -47,6 +47,20 @@ def test_a_relative_root_is_the_same_place_everywhere(tmp_path: Path, monkeypatc
     assert compose("prepare", ["root=s3://bucket/prefix"]).root == "s3://bucket/prefix"
 
 
+def test_the_ten_thousandth_attempt_may_write(tmp_path: Path) -> None:
+    first = begun(tmp_path, "mine")
+    first.store.write("attempts/9999.json", b"{}")
+    first.store.write("attempts/9999.end", b'{"status": "failed"}')
+    last = begun(tmp_path, "mine")
+    assert last.attempt == runs.last_attempt(last.store) == 10_000
+    last.check_current()
+    with pytest.raises(runs.Superseded):
+        dataclasses.replace(last, attempt=9999).check_current()
+    with runs.attempt_of(last):
+        pass
+    assert begun(tmp_path, "mine").attempt == 10_001
+
+
 def test_the_time_of_all_attempts_counts(tmp_path: Path) -> None:
     with runs.attempt_of(begun(tmp_path, "mine")):
         time.sleep(0.2)

@@ -37,6 +37,7 @@ class Wire:
         self.port = self.listener.getsockname()[1]
         self.up = True
         self.lose_answers = 0
+        self.ingress = False
         self.open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -72,6 +73,10 @@ class Wire:
                 if answer and self.lose_answers > 0:
                     self.lose_answers -= 1
                     break
+                if self.ingress and not answer:
+                    body = b"default backend - 404"
+                    source.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                    continue
                 target.sendall(data)
         except OSError:
             pass
@@ -236,6 +241,65 @@ def test_what_could_not_be_delivered_waits_beside_the_artifacts(
     assert list(record.artifacts.list("unsent/")) == []
 
 
+def test_what_waits_is_kept_as_long_as_mlflow_is_away(
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "WAIT", 0.5)
+    record = begin(settings)
+    wire.cut()
+
+    def attempt(steps: range) -> None:
+        worker = track.attach(settings, record)
+        for step in steps:
+            worker.log({"loss": float(step)}, step)
+        worker.finish()
+
+    with track.open_run(settings, record) as driver:
+        attempt(range(1, 6))
+        driver.figures({"accuracy": 1.0, "images": 5})
+    kept = {entry.key: record.artifacts.read(entry.key) for entry in record.artifacts.list("unsent/")}
+    assert set(kept) == {"unsent/driver.json", "unsent/worker.json"}
+    track.settle(record)  # the same command, MLflow still away
+    with track.open_run(settings, record):  # an attempt that is stopped
+        pass
+    assert {entry.key: record.artifacts.read(entry.key) for entry in record.artifacts.list("unsent/")} == kept
+    attempt(range(4, 9))  # steps 4 and 5 are trained again
+    wire.mend()
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    track.settle(record)
+    assert history(record, "loss") == [(step, float(step)) for step in range(1, 9)]
+    assert history(record, "accuracy") == [(5, 1.0)]
+    assert list(record.artifacts.list("unsent/")) == []
+
+
+@pytest.mark.parametrize("back", ["between the worker's end and the driver's", "after both"])
+def test_the_last_figures_do_not_take_the_place_of_a_curve_that_waits(
+    wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch, back: str
+) -> None:
+    monkeypatch.setattr(track, "WAIT", 0.5)
+    record = begin(settings)
+    curve = [(step, 1 / step) for step in range(1, 11)]
+    with track.open_run(settings, record) as driver:
+        until(lambda: seen(record).data.params.get("name") == "mine")  # so it knew what MLflow held
+        wire.cut()
+        worker = track.attach(settings, record)
+        for step, loss in curve:
+            worker.log({"loss": loss} | ({"validation_loss": loss} if step == 8 else {}), step)
+        worker.finish()
+        if back != "after both":
+            wire.mend()
+            monkeypatch.setattr(track, "WAIT", 20.0)
+        driver.figures({"loss": 0.1, "validation_loss": 1 / 8, "accuracy": 1.0, "images": 10})
+    assert len(list(record.artifacts.list("unsent/"))) == (2 if back == "after both" else 1)
+    wire.mend()
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    track.settle(record)
+    assert history(record, "loss") == curve
+    assert history(record, "validation_loss") == [(8, 1 / 8)]
+    assert history(record, "accuracy") == [(10, 1.0)]
+    assert list(record.artifacts.list("unsent/")) == []
+
+
 def test_a_point_that_mlflow_refuses_takes_no_other_with_it(wire: Wire, settings: Any, caplog: Any) -> None:
     record = begin(settings)
     tracker = track.attach(settings, record)
@@ -244,6 +308,40 @@ def test_a_point_that_mlflow_refuses_takes_no_other_with_it(wire: Wire, settings
     tracker.finish()
     assert [step for step, _ in history(record, "good")] == list(range(30))
     assert "bad!key" in caplog.text
+
+
+def test_an_ingress_without_a_backend_is_an_outage(wire: Wire, settings: Any, caplog: Any) -> None:
+    record = begin(settings)
+    worker = track.attach(settings, record)
+    worker.log({"loss": 0.0}, 0)
+    until(lambda: worker.pending() == [])
+    wire.ingress = True
+    late = track.attach(settings, record, [("late", 1.0, 1, 1)])  # MLflow cannot be asked what it holds
+    late.tags({"late": "yes"})
+    worker.tags({"told": "yes"})
+    for step in range(1, 30):
+        worker.log({"loss": float(step)}, step)
+    until(lambda: caplog.text.count("its points wait here") >= 2)
+    wire.ingress = False
+    late.finish()
+    worker.finish()
+    assert history(record, "late") == [(1, 1.0)]
+    assert history(record, "loss") == [(step, float(step)) for step in range(30)]
+    assert seen(record).data.tags.items() >= {"late": "yes", "told": "yes"}.items()
+    assert "refuses" not in caplog.text
+
+
+def test_what_waits_for_a_run_that_is_gone_stays_where_it_is(
+    wire: Wire, settings: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = dataclasses.replace(begin(settings), mlflow_run_id="0" * 32)
+    record.artifacts.write("unsent/worker.json", b'[["loss", 1.0, 1, 1]]')
+    monkeypatch.setattr(track, "WAIT", 20.0)
+    start = time.monotonic()
+    track.settle(record)
+    assert time.monotonic() - start < 10, "asking again does not help"
+    assert "refuses all that waits" in caplog.text
+    assert json.loads(record.artifacts.read("unsent/worker.json")) == [["loss", 1.0, 1, 1]]
 
 
 def test_machine_figures_are_measured_and_rise_over_restarts(

@@ -37,16 +37,25 @@ class Server(Protocol):
     def refused(self, error: Exception) -> bool:
         """Whether asking again cannot help."""
 
+    def gone(self, error: Exception) -> bool:
+        """Whether the server does not know the run, when it was asked what it holds: nothing can be told any more."""
+
 
 class Outbox:
-    """What is to be told to the server, in order, by one thread."""
+    """What is to be told to the server, in order, by one thread.
+
+    Attributes:
+        asked: the server has said what it holds, so that points which an earlier attempt left are among those here.
+    """
 
     def __init__(self, server: Server, pending: Iterable[Sequence[Any]] = ()) -> None:
         self._server = server
         self._points: deque[Point] = deque()
         self._actions: deque[tuple[str, Action]] = deque()  # what it tells, in words, and how
         self._last: dict[str, int] = {}  # key -> newest step queued here or held by the server
+        self.asked = False
         self._start: float | None = None  # of the run, in seconds; known once the server has answered
+        self._outdated = False  # an answer that is on its way, by a question that came later
         self._size = BATCH
         self._final: Action | None = None
         self._deadline: float | None = None  # set when closing
@@ -73,7 +82,7 @@ class Outbox:
     def ask_again(self) -> None:
         """Learn anew what the server holds before anything is sent: other processes tell it about the run too."""
         with self._changed:
-            self._start = None
+            self._start, self._outdated = None, True
             self._changed.notify_all()
 
     def pending(self) -> list[Point]:
@@ -116,7 +125,8 @@ class Outbox:
                 self._turn(client)
                 delay = 0.0
             except Exception as error:  # requests, urllib3, JSON and MLflow errors alike: the server is not well
-                if self._server.refused(error):
+                final = self._server.gone if self._start is None else self._server.refused
+                if final(error):
                     self._drop(error)
                     continue
                 if not delay:
@@ -147,6 +157,7 @@ class Outbox:
     def _turn(self, client: Any) -> None:
         """One request, or one action: whatever is next."""
         if self._start is None:
+            self._outdated = False
             self._sync(*self._server.held(client))
         elif self._actions:
             self._actions[0][1](client)
@@ -165,8 +176,11 @@ class Outbox:
     def _sync(self, start: float, held: dict[str, int], left: list[Point]) -> None:
         """Forget points that the server holds: replays after a restart, or sent by a request that seemed to fail."""
         with self._changed:
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                return  # who closes has been told what is left
+            self.asked = True
             points, self._points, self._last = [*left, *self._points], deque(), dict(held)
-            self._start = start
+            self._start = None if self._outdated else start
             self.put(points)
 
     def _drop(self, error: Exception) -> None:
@@ -176,6 +190,7 @@ class Outbox:
             if self._start is None:
                 self._points.clear()
                 self._actions.clear()
+                self.asked = False  # what an earlier attempt left stays where it is
                 self._final, self._start = None, time.time()
             elif self._actions:
                 lost = self._actions.popleft()[0]

@@ -313,8 +313,8 @@ def driver_host(record: Record) -> str:
 
 def last_attempt(store: Store) -> int:
     """Number of the newest attempt of the run in `store`; 0 before the first."""
-    numbers = [int(entry.key[9:13]) for entry in store.list("attempts/") if entry.key.endswith(".json")]
-    return max(numbers, default=0)
+    keys = [entry.key for entry in store.list("attempts/") if entry.key.endswith(".json")]
+    return max((int(key.removeprefix("attempts/").removesuffix(".json")) for key in keys), default=0)
 
 
 def _read_json(store: Store, key: str) -> Any:

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from calotype import machine, unsent
 from calotype.compose import as_data
-from calotype.data.store import Missing
 from calotype.errors import CalotypeError, ConfigError
-from calotype.outbox import Outbox, Point, as_point
+from calotype.outbox import Outbox, Point
 from calotype.pictures import surely, write_picture
 from calotype.provenance import as_yaml, commit, parameters
 from calotype.runs import Record, driver_host
@@ -130,9 +130,8 @@ def attach(config: Any, record: Record, pending: Iterable[Sequence[Any]] = (), r
 
 def settle(record: Record) -> None:
     """Deliver what a finished run could not while MLflow was away; does nothing if there is nothing."""
-    left = [entry.key for entry in record.artifacts.list("unsent/")] if record.mlflow_run_id else []
-    for role in (Path(key).stem for key in left):
-        MlflowTracker(record, role).finish("FINISHED" if role == "driver" else "")
+    for role in unsent.roles(record) if record.mlflow_run_id else ():
+        MlflowTracker(record, role, unsent.read(record, role)).finish("FINISHED" if role == "driver" else "")
 
 
 def open_parent(config: Any, job: str) -> str:
@@ -165,8 +164,10 @@ class MlflowTracker(Tracker):
     def __init__(self, record: Record, role: str, pending: Iterable[Sequence[Any]] = ()) -> None:
         super().__init__(record)
         self._run = record.mlflow_run_id
-        self._unsent = f"unsent/{role}.json"  # beside the artifacts: what could not be delivered in time
-        self._outbox = Outbox(_Server(self._run, self._left, fence=role == "worker"), pending)
+        self._role = role
+        curves: Callable[[], list[Point]] = (lambda: unsent.read(record, "worker")) if role == "driver" else list
+        server = _Server(self._run, lambda: unsent.read(record, role), curves, fence=role == "worker")
+        self._outbox = Outbox(server, pending)
         self._painter = ThreadPoolExecutor(1, "pictures")
         self._drawn = False
         self._watching: threading.Thread | None = None
@@ -271,34 +272,15 @@ class MlflowTracker(Tracker):
             self._watching.join(5)
         final = (lambda client: client.set_terminated(self._run, status)) if status else None
         left, untold = self._outbox.close(final, WAIT)
-        if left or untold:  # a finished run is told to be one again, by `settle`
-            log.warning("MLflow did not take %d points within %.0f s: they are in %s", len(left), WAIT, self._unsent)
-            surely(self._unsent, lambda: self.record.artifacts.write(self._unsent, json.dumps(left).encode()))
-        else:
-            surely(self._unsent, lambda: self.record.artifacts.delete(self._unsent))
-
-    def _left(self) -> list[Point]:
-        with contextlib.suppress(Missing):
-            return [as_point(point) for point in json.loads(self.record.artifacts.read(self._unsent))]
-        return []
+        keep = partial(unsent.keep, self.record, self._role, left, self._outbox.asked, bool(untold))
+        surely(unsent.place(self._role), keep)
 
     def _measure(self, node: str) -> None:
         if (start := self._outbox.start(self._stop)) is None or (node and node == driver_host(self.record)):
             return
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(Exception):  # no NVIDIA driver or no NVML bindings: many kinds of error, one meaning
-            monitors.append(GPUMonitor())
+        monitors = machine.monitors()
         while not self._stop.wait(SECONDS):
-            found: dict[str, float] = {}
-            for monitor in monitors:
-                monitor.collect_metrics()
-                found |= monitor.aggregate_metrics()
-                monitor.clear_metrics()
+            found = machine.measured(monitors)
             # The step of a system metric is the run's age in seconds: it rises over restarts too.
             prefix = f"system/{node}/" if node else "system/"
             self.log({prefix + key: value for key, value in found.items()}, int(time.time() - start))
@@ -313,6 +295,7 @@ class _Server:
 
     run: str
     left: Callable[[], list[Point]]
+    curves: Callable[[], list[Point]] = list  # of another role, that wait: their keys are not for this one
     fence: bool = False
 
     def connect(self) -> Any:
@@ -322,8 +305,11 @@ class _Server:
         if self.fence:  # what a killed attempt had under way waits for a locked database, as this does; reading may not
             client.set_tag(self.run, "calotype.attached", f"{socket.gethostname()} {os.getpid()} {time.time():.0f}")
             time.sleep(SETTLE)
+        # Read first: what is delivered meanwhile is among the run's.  One later point would make a curve a replay.
+        waiting = {point[0]: sys.maxsize for point in self.curves()}
         run = client.get_run(self.run)
-        return run.info.start_time / 1000, {m.key: m.step for m in run.data.to_proto().metrics}, self.left()
+        held = {m.key: m.step for m in run.data.to_proto().metrics}
+        return run.info.start_time / 1000, held | waiting, self.left()
 
     def send(self, client: Any, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
@@ -331,9 +317,24 @@ class _Server:
         client.log_batch(self.run, metrics=[Metric(key, value, when, step) for key, value, step, when in points])
 
     def refused(self, error: Exception) -> bool:
-        """The server understood and said no; a timeout, a lock or a missing right may pass."""
+        """MLflow understood and said no; a timeout, a lock, a missing right may pass, and so may an ingress's 404."""
         status = getattr(error, "get_http_status_code", lambda: 500)()
-        return isinstance(error, ConfigError) or (400 <= status < 500 and status not in (401, 403, 408, 425, 429))
+        no = 400 <= status < 500 and status not in (401, 403, 408, 425, 429)
+        return isinstance(error, ConfigError) or (no and _code(error) != "")
+
+    def gone(self, error: Exception) -> bool:
+        return _code(error) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def _code(error: Exception) -> str:
+    """The reason that MLflow itself gave, server or client; "" for what a proxy before it made of a request."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(error, RestException):
+        return str(error.json.get("error_code", ""))
+    # The client alone says this; an answer of status 400 that is no JSON becomes a BAD_REQUEST.
+    own = isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+    return "INVALID_PARAMETER_VALUE" if own else ""
 
 
 def connect() -> Any:

@@ -12,6 +12,7 @@ from calotype import compose, registry, track
 from calotype.errors import CalotypeError
 from calotype.tasks import promote as task
 from calotype.tasks.sample import load_denoiser
+from calotype.train import checkpoint
 
 from tests.caches import recorded
 from tests.tasks.conftest import Line
@@ -78,7 +79,7 @@ def test_the_best_checkpoint_becomes_a_version_once(
 
 
 def test_a_model_that_diffusers_has_no_place_for_is_registered_without_an_export(
-    line: Line, root: Path, name: str
+    line: Line, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*TRAINED, "train.images=8", "track.kind=mlflow", "name=pixels"]
     record = line("train_denoiser", "autoencoder=identity", *words)
@@ -88,6 +89,18 @@ def test_a_model_that_diffusers_has_no_place_for_is_registered_without_an_export
     version = track.connect().get_model_version(name, "1")
     assert version.source == f"{record.artifacts.uri}/checkpoints/000000000008"
     assert version.tags["calotype.export"] == made.why
+
+    line("train_denoiser", "autoencoder=identity", *words, "train.images=24", "train.keep=1")
+    assert checkpoint.committed(record.artifacts) == [8, 24], "the version still has its weights"
+    opened = checkpoint.opened
+
+    def forgotten(store: Any, images: int, *which: Any) -> Any:
+        if images == 8:  # in the moment in which it is read
+            checkpoint.discard(store, images)
+        return opened(store, images, *which)
+
+    monkeypatch.setattr(checkpoint, "opened", forgotten)
+    assert task.best(record)[0] == 24
 
 
 def test_what_is_not_promoted_is_said(root: Path, typed: Callable[..., tuple[int, str]]) -> None:
@@ -100,8 +113,6 @@ def test_what_is_not_promoted_is_said(root: Path, typed: Callable[..., tuple[int
 
 
 def _losses(record: Any) -> Any:
-    from calotype.train import checkpoint
-
     for images in checkpoint.committed(record.artifacts):
         with checkpoint.opened(record.artifacts, images, ()) as saved:
             for halflife, name in ((0, "validation_loss"), (9999, "validation_loss_ema_9999")):

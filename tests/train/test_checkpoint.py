@@ -256,6 +256,20 @@ def test_only_the_newest_are_kept(store: Store) -> None:
     assert {entry.key.split("/")[1] for entry in store.list()} == {"000000000300", "000000000400"}
 
 
+def test_what_is_held_is_kept_for_ever(store: Store) -> None:
+    for images in (64, 128):
+        save(store, images, tensors(images), {}, keep=2)
+    checkpoint.hold(store, 64)
+    checkpoint.hold(store, 128)
+    checkpoint.forget(store, 128, keep=2)  # what died attempts left beside it goes, this does not
+    for images in (192, 256):
+        save(store, images, tensors(images), {}, keep=1)
+    assert checkpoint.committed(store) == [64, 128, 256]
+    with pytest.raises(DataError, match="never committed"):
+        checkpoint.hold(store, 192)
+    assert list(store.list("checkpoints/000000000192")) == []
+
+
 def test_the_first_at_or_after_each_multiple_is_kept_for_ever(store: Store) -> None:
     for images in (30, 60, 90, 120, 150, 180, 210, 240):
         save(store, images, tensors(images), {}, keep=1, keep_every=100)

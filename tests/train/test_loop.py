@@ -148,6 +148,15 @@ def test_the_first_step_of_an_attempt_is_no_measure(record: Record, notes: Notes
     assert [images for images, at in notes.points if "loss" in at and "images_per_second" not in at] == [8, 48]
 
 
+def test_goodput_is_no_more_than_all_time(record: Record, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the driver's clock is an hour ahead of the worker's."""
+    ahead = time.time() + 3600
+    monkeypatch.setattr(loop.runs, "first_attempt_started", lambda record: ahead)
+    made = settings(images=4 * BATCH, log_every=BATCH)
+    loop.run(task(made), made, Worker(), record)
+    assert all(0 <= figures["goodput"] <= 1 for _, figures in notes.points if "goodput" in figures)
+
+
 def test_logged_losses_are_means_over_the_interval(record: Record, notes: Notes) -> None:
     made = settings()
     loop.run(task(made), made, Worker(), record)

@@ -10,7 +10,7 @@ from pathlib import Path
 from calotype import registry, runs
 from calotype.config import TrainDenoiser
 from calotype.data.store import Store
-from calotype.errors import CalotypeError, ConfigError
+from calotype.errors import CalotypeError, ConfigError, DataError
 from calotype.tasks.sample import load_denoiser, trained
 from calotype.train import checkpoint
 
@@ -66,6 +66,8 @@ def promote(root: str, reference: str, model: str = "", alias: str = "") -> Prom
         why = "" if place.exists(INDEX) else _export(record, settings, digest, halflife, place)
         source = checkpoint.place(record.artifacts, images) if why else place
         told = _told(record, settings, images, halflife, loss, why)
+        if why:  # nothing else has these weights: a training that goes on must not forget them
+            checkpoint.hold(record.artifacts, images)
         grid = _grid(record, images)
         if grid and not why:
             place.write("samples.png", record.artifacts.read(grid))
@@ -91,9 +93,14 @@ def best(record: runs.Record) -> tuple[int, int, float | None]:
     names = {0: METRIC} | {one: f"{METRIC}_ema_{one}" for one in trained(record).ema.halflives}
     found: list[tuple[float, int, int]] = []
     for images in checkpoint.committed(record.artifacts):
-        with checkpoint.opened(record.artifacts, images, ()) as saved:
-            validated = saved.state.get("validated", images)  # not known of those that older versions wrote
-            known = saved.state["figures"] if validated == images else {}
+        try:
+            with checkpoint.opened(record.artifacts, images, ()) as saved:
+                validated = saved.state.get("validated", images)  # not known of those that older versions wrote
+                known = saved.state["figures"] if validated == images else {}
+        except DataError:
+            if images in checkpoint.committed(record.artifacts):
+                raise
+            continue  # forgotten since it was listed: the run is being continued
         losses = {halflife: known.get(name, math.inf) for halflife, name in names.items()}
         found += [(loss if math.isfinite(loss) else math.inf, -images, halflife) for halflife, loss in losses.items()]
     if not found:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FORMAT, FIRST_FORMAT = "calotype.checkpoint/2", "calotype.checkpoint/1"
 FOLDER, COMMIT = "checkpoints", "COMMIT.json"
+KEPT = "KEPT"  # beside a commit: somebody points to this checkpoint, so it is not forgotten
 BUFFERS = "buffers"  # a kind of its own: the weights and their averages have them in common
 BLOCK = 2**24  # bytes per read
 FETCHED = 4  # files that are downloaded at once
@@ -190,8 +191,9 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
 def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     """Collect what is not wanted any more, once `images` are committed.
 
-    Kept are the newest `keep`, and the first one at or after each multiple of `keep_every`.  Deleted are older ones,
-    what was never committed before `images`, and what died attempts left beside the files of `images`.
+    Kept are the newest `keep`, the first one at or after each multiple of `keep_every`, and those that `hold` marked.
+    Deleted are older ones, what was never committed before `images`, and what died attempts left beside the files of
+    `images`.
     """
     known = committed(store)
     kept = set(known[-keep:])
@@ -199,10 +201,11 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
         spans = [number // keep_every for number in known]
         kept |= {known[spans.index(span)] for span in spans if span}
     for folder in store.folders(FOLDER):
-        if folder.isdigit() and int(folder) < images and int(folder) not in kept:
+        old = folder.isdigit() and int(folder) < images and int(folder) not in kept
+        if old and not place(store, int(folder)).exists(KEPT):
             discard(store, int(folder))
     there = place(store, images)
-    named = {COMMIT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
+    named = {COMMIT, KEPT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
     for key in [entry.key for entry in there.list() if entry.key not in named]:
         there.delete(key)
 
@@ -214,6 +217,21 @@ def damaged(store: Store, images: int) -> bool:
             return False
     except DataError:
         return True
+
+
+def hold(store: Store, images: int) -> None:
+    """Keep a checkpoint for ever.
+
+    Raises:
+        DataError: it is not there any more.
+    """
+    there = place(store, images)
+    there.write(KEPT, b"")
+    try:
+        check(store, images)  # it may have been forgotten in this very moment
+    except DataError:
+        there.delete(KEPT)
+        raise
 
 
 def discard(store: Store, images: int) -> None:

@@ -114,7 +114,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             fresh: dict[str, float] = {}
             if images > start and (ending or due(settings.log_every) or due(settings.checkpoint_every)):
                 fresh = meter.read(clock) | left_out.read() | guard.figures()
-                fresh["goodput"] = clock.trained / max(time.time() - began, 1e-9)
+                # At most 1: `began` is by the driver's clock, which may be ahead of this machine's.
+                fresh["goodput"] = clock.trained / max(time.time() - began, clock.trained, 1e-9)
                 if saving:  # what fails now must not lose the checkpoint before
                     if bad := not all(map(math.isfinite, fresh.values())):
                         worker.beat("saves", images)
