@@ -163,7 +163,8 @@ def _leave_hangs_to_the_watch() -> None:
     """
     from torch.distributed import distributed_c10d
 
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = PATIENCE
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, PATIENCE)
 
 
 def _free_address() -> tuple[str, int]:

@@ -137,8 +137,8 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
                     log.info("%s images  %s  (%s)", f"{images:,}", said, task.where(images))
                 if tracker:
                     tracker.log(fresh, images)
-            first = task.keep_start and not state and images == start
-            if saving and (first or (images > start and (ending or due(settings.checkpoint_every)))):
+            fresh_run = task.keep_start and not state and images == start
+            if saving and (fresh_run or (images > start and (ending or due(settings.checkpoint_every)))):
                 worker.beat("saves", images)
                 unsent = [list(point) for point in tracker.pending()] if tracker else []
                 also = {"unsent": unsent, "left_out": dict(left_out.known), "guard": guard.state()}
