@@ -179,6 +179,9 @@ def test_patience_ends(served: tuple[Dataset, list[str]], proxy: Proxy, monkeypa
     proxy.faults(Faults(only=r"\.tar$", slow_down=1.0))
     with pytest.raises(Unreachable, match=r"[012]\.tar cannot be read: for 1 s 503 SlowDown"):
         read(served[0])
+    proxy.faults(Faults(slow_down=1.0))
+    with pytest.raises(Unreachable, match=r"cannot be reached .*check the server"):  # and so what boto3 asks
+        served[0].store.ensure()
 
 
 @pytest.mark.parametrize("step", [16 * 512, pytest.param(512, marks=pytest.mark.chaos)])
