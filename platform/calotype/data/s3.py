@@ -23,7 +23,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from calotype.data.files import PART, Entry, Missing, Names, Store, checked
-from calotype.data.get import EXPIRED, Getter, Gone, Refused, counted
+from calotype.data.get import AGAIN, EXPIRED, Getter, Gone, Refused, counted
 from calotype.errors import CalotypeError, Unreachable
 
 SINGLE_PUT = 5 * 2**30  # bytes of one put, S3's limit; bigger files are published in parts
@@ -124,8 +124,7 @@ def _explained(uri: str) -> Iterator[None]:
             raise Missing(f"the bucket of {uri} does not exist: create it, or correct root") from error
         if code in ("AccessDenied", "403", "SignatureDoesNotMatch", "InvalidAccessKeyId", "Forbidden", "ExpiredToken"):
             raise CalotypeError(f"{uri} is refused ({code}): check AWS_ACCESS_KEY_ID and its secret") from error
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if status >= 500 or status == 429:  # throttled, or unwell: that passes
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in AGAIN:  # throttled, or unwell: it passes
             raise Unreachable(f"{uri} failed at every try ({error}): look at the server's log, and its disk") from error
         raise CalotypeError(f"{uri} failed: {error}") from error
     except botocore.exceptions.NoCredentialsError as error:

@@ -380,10 +380,8 @@ def _fetched(place: Store, key: str, row: Mapping[str, Any]) -> BinaryIO:
             file.write(data)
             if len(data) < min(BLOCK, row["bytes"] - start):
                 break  # it ends there, whatever the commit says
-        if digest.hexdigest() != row["sha256"]:
-            raise DataError(
-                f"{place.uri}/{key} is damaged: its sha256 is not the committed one; choose another checkpoint"
-            )
+        if digest.hexdigest() != row["sha256"] or file.tell() != row["bytes"]:
+            raise DataError(f"{place.uri}/{key} is damaged: it is not what was committed; choose another checkpoint")
         file.seek(0)
         opened_here.pop_all()  # it is the caller's
         return file
