@@ -52,7 +52,8 @@ assert not {"ray", "deepspeed", "mlflow"} & set(sys.modules)
     environment = {"PYTHONPATH": str(ROOT / "platform"), "PATH": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     lines = done.stdout.splitlines()
-    assert lines[1].startswith("cursor 512: epoch 2, sample 0 of 512 tensor(1.")
+    said = re.match(r"cursor 512: epoch 2, sample 0 of 512 tensor\((.*?)\)", lines[1])
+    assert said and 0.95 < float(said[1]) < 1.05, lines  # of posterior draws without a seed
     assert len(lines) == 4
 
 
