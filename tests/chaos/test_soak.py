@@ -19,14 +19,14 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(2400)]
 
 SECONDS = float(os.environ.get("CALOTYPE_SOAK_SECONDS", "900"))
 EVERY = 60.0  # seconds between two kills
-INTERVAL = 25_600  # images between two checkpoints
+INTERVAL = 3_200  # images between two checkpoints: some seconds
 SLACK = 0.05
 
 
 def test_goodput_with_a_kill_every_minute(prepared: list[str]) -> None:  # noqa: F811
     from mlflow import MlflowClient
 
-    more = ["train.images=100000000", "train.log_every=3200", f"train.checkpoint_every={INTERVAL}"]
+    more = ["train.images=100000000", "train.log_every=1600", f"train.checkpoint_every={INTERVAL}"]
     words = ["submit", "train_denoiser", *prepared, *TRAIN, *more, "name=soak", "engine=zero1", "cluster.workers=2"]
     began, process = time.time(), start(*words)
     heard: list[tuple[float, str]] = []
