@@ -203,7 +203,7 @@ def forked(folder: str, world: int, victim: int = -1, kill_after: int = -1) -> b
             try:
                 if world > 1:
                     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
-                train(folder, Worker(rank, world), kill_after if rank == victim else -1)
+                train(folder, Worker(rank, world, local_rank=rank), kill_after if rank == victim else -1)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
