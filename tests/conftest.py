@@ -23,6 +23,7 @@ from calotype.cluster import local
 from calotype.environment import FOREIGN, SERVICES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parents[1]
 HEAVY = [
     "deepspeed",
     "diffusers.models.autoencoders.autoencoder_kl",
@@ -116,6 +117,25 @@ def started(warm: Any) -> Callable[..., Any]:
         return process
 
     return start
+
+
+@pytest.fixture(scope="session")
+def ran(started: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`ran(SCRIPT, WORDS..., fails=...)`: what it said, once it has ended as expected."""
+    said = tmp_path_factory.mktemp("said") / "output"
+
+    def run(script: Path, *words: str, fails: bool = False, **env: str) -> str:
+        env = {"PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1", **env}
+        process = started(script, *words, said=said, **env)
+        process.join(240)
+        hung = process.is_alive()
+        process.kill()
+        output = said.read_text()
+        assert not hung, output[-6000:]
+        assert (process.exitcode != 0) == fails, output[-6000:]
+        return output
+
+    return run
 
 
 def _as_main(script: str, words: tuple[str, ...], said: Path, env: dict[str, str]) -> None:

@@ -35,30 +35,12 @@ Job = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def job(stack: Any, started: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """`job(SCRIPT, WORDS..., fails=...)`: what it said."""
-    said = tmp_path_factory.mktemp("said") / "output"
-
-    def run(script: Path, *words: str, fails: bool = False) -> str:
-        process = started(script, *words, said=said, PYTHONPATH=str(ROOT / "platform"), OMP_NUM_THREADS="1")
-        process.join(240)
-        hung = process.is_alive()
-        process.kill()
-        output = said.read_text()
-        assert not hung, output[-6000:]
-        assert (process.exitcode != 0) == fails, output[-6000:]
-        return output
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def root(job: Job) -> str:
+def root(stack: Any, ran: Job) -> str:
     """With a cache in it, of pixels, so that no autoencoder has to be trained."""
     root = f"s3://calotype/exact-{os.urandom(4).hex()}"
     here = ["cluster=local", "track=none", f"root={root}"]
-    job(ROOT / "jobs/prepare.py", *here)
-    job(ROOT / "jobs/cache_latents.py", *here, "autoencoder=identity", "encoding.resolution=8")
+    ran(ROOT / "jobs/prepare.py", *here)
+    ran(ROOT / "jobs/cache_latents.py", *here, "autoencoder=identity", "encoding.resolution=8")
     return root
 
 
@@ -128,7 +110,7 @@ def logged(root: str, stage: int) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_ids_and_losses_of_a_calm_run(
-    job: Job, root: str, samples: dict[int, list[str]], golden: list[dict[int, float]], tmp_path: Path, stage: int
+    ran: Job, root: str, samples: dict[int, list[str]], golden: list[dict[int, float]], tmp_path: Path, stage: int
 ) -> None:
     """On two workers killed (at stage 0 stopped), then cancelled; on one, killed with its driver; on two to the end."""
     chance = random.Random(SEED + stage)
@@ -144,7 +126,7 @@ def test_ids_and_losses_of_a_calm_run(
     ]
     for number, (workers, blows) in enumerate(legs):
         (tmp_path / "blows.json").write_text(json.dumps(blows))
-        out = job(RECORDED, str(tmp_path), *words(root, stage), f"cluster.workers={workers}", fails=number < 2)
+        out = ran(RECORDED, str(tmp_path), *words(root, stage), f"cluster.workers={workers}", fails=number < 2)
         assert all((tmp_path / f"{kind}-at-{images}").exists() for images, _, kind in blows), (SEED, out[-4000:])
 
     taken: dict[int, set[int]] = {}  # images -> sizes of the worlds that took that step

@@ -157,10 +157,11 @@ def run(task: Task, config: Any, worker: Worker, record: runs.Record | None = No
             worker.beat(STEP if images > start else START, images)
             meter.resume()  # the clock of training runs from here
             rows, keys, wait = next(batches)
-            shape = tuple(sorted((name, tuple(value.shape)) for name, value in rows.items()))
-            if config.engine.compile != "none" and shape not in shapes:
-                worker.beat("compiles", images)  # which may take minutes, and is no hang
-                shapes.add(shape)
+            if config.engine.compile != "none":
+                shape = tuple(sorted((name, tuple(value.shape)) for name, value in rows.items()))
+                if shape not in shapes:
+                    worker.beat("compiles", images)  # which may take minutes, and is no hang
+                    shapes.add(shape)
             torch.manual_seed(digest_seed(config.seed, images, worker.rank))  # dropout: no state to keep
             images += batch
             for first in range(0, micro * accumulation(micro, batch, worker.world), micro):
@@ -191,7 +192,7 @@ def tracking(
         yield None
         return
     if worker.rank:
-        tracker = track.attach(config, record, (), f"node-{socket.gethostname()}")
+        tracker = track.attach(config, record, role=f"node-{socket.gethostname()}")
     else:
         tracker = track.attach(config, record, state.get("unsent", ()))
     try:
