@@ -1,7 +1,7 @@
 """What the machinery around the model costs: our training next to bare loops, as ratios within one run.
 
     python tests/bench/train.py [PART...] [--steps 60] [--batch 64] [--rounds 3]
-    python tests/bench/train.py --gpu [--edges 256 512] [--device cuda:0] [--batch 64]
+    python tests/bench/train.py --gpu [--edges 256 512] [--device cuda:0] [--batch 64] [--compile none default]
 
     steps    our loop beside plain PyTorch (one process: torch, zero0) and beside DeepSpeed (two: zero1, zero2, zero3)
     mlflow   the same with a point per step in MLflow: up, down, and answering after 5 s (needs `calotype up`)
@@ -11,7 +11,8 @@
     start    from `calotype submit` to the first step, beside a bare TorchTrainer.fit (start.py)
 
 --gpu: the UNet of Stable Diffusion 2 on cached latents, eager and compiled (train_gpu.py); torch, diffusers, deepspeed,
-webdataset, hydra and boto3 are all that it needs.  Medians of the rounds, one compute thread per process.
+webdataset, hydra and boto3 are all that it needs; a batch that does not fit is halved.  Medians of the rounds, one
+compute thread per process.
 """
 
 from __future__ import annotations
@@ -114,11 +115,13 @@ def main(words: Sequence[str] | None = None) -> None:
     gpu.add_argument("--gpu", action="store_true")
     gpu.add_argument("--edges", type=int, nargs="+", default=[256, 512], help="in pixels")
     gpu.add_argument("--device", default="cuda:0")
+    modes = ["none", "default", "reduce-overhead"]
+    gpu.add_argument("--compile", nargs="+", choices=modes, default=modes[:2], help="as engine.compile")
     options = parser.parse_args(words)
     if options.gpu:
         from tests.bench import train_gpu
 
-        train_gpu.main(options.edges, options.device, options.batch, options.steps)
+        train_gpu.main(options.edges, options.device, options.batch, options.steps, options.compile)
         return
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")

@@ -10,7 +10,9 @@ UNet in float32, to see that all of it runs.
 
 from __future__ import annotations
 
+import copy
 import gc
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from calotype.data.manifest import Manifest
 from calotype.data.store import open_store
 from calotype.environment import Worker
 from calotype.model import conditioner
+from calotype.model.cost import Shape
 from calotype.model.denoiser import build_denoiser
 from calotype.model.diffusion import Diffusion
 from calotype.tasks import denoiser
@@ -40,6 +43,7 @@ from tests.caches import text_folder
 
 TOKENS, WIDTH, SAMPLES = 77, 1024, 256
 WARM = 5
+WORDS = {"none": "eager", "default": "compiled", "reduce-overhead": "CUDA graphs"}
 SD2 = {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": [5, 10, 20, 20], "layers_per_block": 2,
        "use_linear_projection": True, "norm_num_groups": 32}  # fmt: skip
 SMALL = {"block_out_channels": [16, 32], "attention_head_dim": 2, "layers_per_block": 1, "norm_num_groups": 8,
@@ -60,37 +64,39 @@ def settings_of(folder: str, edge: int, device: str, batch: int, steps: int, com
     return replace(settings, denoiser=config.Denoiser(model=model), engine=engine, train=train)
 
 
+def steps_of(settings: config.TrainDenoiser) -> int:
+    return settings.train.images // settings.train.batch
+
+
 def embedding(random: np.random.Generator) -> Any:
     return random.standard_normal((TOKENS, WIDTH)).astype(np.float16)
 
 
 class Stopwatch:
-    """Seconds of the steps after the first WARM ones."""
+    """Images per second from the end of the first WARM steps to the beginning of the last one."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, batch: int, steps: int) -> None:
         self.wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-        self.steps, self.began = -WARM, 0.0
+        self.batch, self.last = batch, steps - 1
+        self.steps, self.began, self.rate = 0, 0.0, 0.0
 
     def step(self) -> None:
-        if self.steps == 0:
+        if self.steps in (WARM, self.last):
             self.wait()
-            self.began = time.perf_counter()
+            now = time.perf_counter()
+            self.rate = self.batch * (self.last - WARM) / (now - self.began)
+            self.began = now
         self.steps += 1
 
-    def rate(self, batch: int) -> float:
-        self.wait()
-        return self.steps * batch / (time.perf_counter() - self.began)
 
-
-def ours(settings: config.TrainDenoiser, folder: str, manifest: Manifest, device: str) -> float:
-    torch.manual_seed(0)
-    model, worker = build_denoiser(settings, tuple(manifest.meta["shape"])), Worker(device=device, threads=8)
+def ours(settings: config.TrainDenoiser, model: nn.Module, folder: str, manifest: Manifest, device: str) -> float:
+    worker = Worker(device=device, threads=8)
     engine = Engine(model, settings.optim, settings.engine, worker, 1, settings.ema)
     rows, diffusion = (
         denoiser.Rows(settings, manifest, conditioner.empty(settings.conditions)),
         Diffusion(settings.diffusion),
     )
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, settings.train.batch, steps_of(settings))
 
     def step(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         watch.step()
@@ -100,13 +106,12 @@ def ours(settings: config.TrainDenoiser, folder: str, manifest: Manifest, device
     stream = Stream(Dataset(open_store(folder), manifest.shards), **order, arrays=("latent", "text"))
     task = loop.Task({denoiser.NAME: engine}, stream.seek, lambda s: rows.of(s.arrays, s.positions.tolist()), step)
     loop.run(task, settings, worker)
-    return watch.rate(settings.train.batch)
+    return watch.rate
 
 
-def bare(settings: config.TrainDenoiser, shape: tuple[int, int, int], device: str) -> float:
-    torch.manual_seed(0)
+def bare(settings: config.TrainDenoiser, model: nn.Module, shape: Shape, device: str) -> float:
     batch, cuda = settings.train.batch, device.startswith("cuda")
-    model = build_denoiser(settings, shape).to(device)
+    model = model.to(device)
     model = model.to(memory_format=torch.channels_last) if cuda else model
     if settings.engine.compile != "none":
         model.compile(mode=settings.engine.compile)
@@ -117,8 +122,8 @@ def bare(settings: config.TrainDenoiser, shape: tuple[int, int, int], device: st
     z, noise = torch.randn(2, batch, *shape, device=device)
     t = torch.randint(settings.diffusion.timesteps, (batch,), device=device)
     text = torch.randn(batch, TOKENS, WIDTH, device=device)
-    watch = Stopwatch(device)
-    for _ in range(settings.train.images // batch):
+    watch = Stopwatch(device, batch, steps_of(settings))
+    for _ in range(steps_of(settings)):
         watch.step()
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
             noisy = diffusion.add_noise(z, noise, t)
@@ -130,34 +135,49 @@ def bare(settings: config.TrainDenoiser, shape: tuple[int, int, int], device: st
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(mean, [parameter.detach() for parameter in parameters], 1e-3)
-    return watch.rate(batch)
+    return watch.rate
 
 
-def main(edges: list[int], device: str, batch: int, steps: int) -> None:
+def main(edges: list[int], device: str, batch: int, steps: int, modes: list[str]) -> None:
     cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if cuda else "CPU, a small UNet"
-    print(f"{name}, batch {batch}, torch {torch.__version__}", flush=True)
+    print(f"{name}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         text_folder(Path(folder, "text"), width=WIDTH)
-        for edge in edges:
+        unet: nn.Module | None = None
+        for edge, mode in itertools.product(edges, modes):
             shape = (4, edge // 8, edge // 8)
             manifest = latents(folder, shape, edge, SAMPLES, 64, embedding)
-            for compiled in ("none", "default"):
-                settings = settings_of(folder, edge, device, batch, steps, compiled)
-                rates: dict[str, Any] = {"bare": bare(settings, shape, device)}
-                _free(cuda)
-                rates["ours"] = ours(settings, folder, manifest, device)
-                _free(cuda)
-                spent = Spent(settings, Worker(device=device), shape, None)
-                for who, rate in rates.items():
-                    figures = spent.figures({"images_per_second": rate})
-                    mfu = f"  MFU {figures['mfu_percent']:.1f} %" if "mfu_percent" in figures else ""
-                    how = "eager" if compiled == "none" else "compiled"
-                    print(f"{edge} px {how:<9}{who:<5}{rate:8.1f} images/s{mfu}", flush=True)
-                print(f"{edge} px {how:<9}ours / bare {rates['ours'] / rates['bare']:.3f}", flush=True)
+            settings = settings_of(folder, edge, device, batch, steps, mode)
+            unet = unet or build_denoiser(settings, shape)  # its weights are the same for every edge
+            while not (rates := _rates(settings, unet, folder, manifest, shape, device)):
+                fewer = settings.train.batch // 2
+                settings = settings_of(folder, edge, device, fewer, steps, mode)
+            spent = Spent(settings, Worker(device=device), shape, None)
+            what = f"{edge} px  batch {settings.train.batch:<4}{WORDS[mode]:<12}"
+            for who, rate in rates.items():
+                figures = spent.figures({"images_per_second": rate})
+                mfu = f"  MFU {figures['mfu_percent']:.1f} %" if "mfu_percent" in figures else ""
+                print(f"{what}{who:<5}{rate:8.1f} images/s{mfu}", flush=True)
+            print(f"{what}ours / bare {rates['ours'] / rates['bare']:.3f}", flush=True)
 
 
-def _free(cuda: bool) -> None:
+def _rates(
+    settings: config.TrainDenoiser, unet: nn.Module, folder: str, manifest: Manifest, shape: Shape, device: str
+) -> dict[str, float]:
+    """Images per second of the bare loop and of ours; {} if the device has no room for the batch."""
+    try:
+        rates = {"bare": bare(settings, copy.deepcopy(unet), shape, device)}
+        _free(device)
+        rates["ours"] = ours(settings, copy.deepcopy(unet), folder, manifest, device)
+    except torch.OutOfMemoryError:
+        rates = {}
+    _free(device)
+    return rates
+
+
+def _free(device: str) -> None:
     gc.collect()
-    if cuda:
+    torch._dynamo.reset()
+    if device.startswith("cuda"):
         torch.cuda.empty_cache()

@@ -1,4 +1,7 @@
-"""The engine in one process: precision, average, accumulation, states.  Several: tests/tasks/test_denoiser.py."""
+"""The engine in one process: precision, average, accumulation, states.  Several: tests/tasks/test_denoiser.py.
+
+On a machine with a GPU all of it runs there.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from calotype.environment import Worker
 from calotype.errors import CalotypeError, ConfigError
 from calotype.train import zero
 from calotype.train.ema import decay
-from calotype.train.engine import Engine
+from calotype.train.engine import FIRST_SCALE, Engine
 from calotype.train.kernels import said
 from calotype.train.plain import dealt
 from torch import nn
 
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 OFFLOADED = [("deepspeed", stage, "cpu") for stage in (1, 2, 3)]
 every_engine = pytest.mark.parametrize(
     ("kind", "stage", "offload"),
@@ -35,17 +40,18 @@ def made(
     accumulation: int = 1,
     precision: str = "fp32",
     halflife: int = 100,
+    compile: str = "none",
 ) -> Engine:
-    settings = config.Engine(kind=kind, stage=stage, offload=offload, precision=precision)
+    settings = config.Engine(kind=kind, stage=stage, offload=offload, precision=precision, compile=compile)
     optim = config.Optim(clip=0.5, weight_decay=0.01)
     ema = config.EMA(halflife=halflife, halflives=[5] if halflife else [])
-    return Engine(net(), optim, settings, Worker(), accumulation, ema)
+    return Engine(net(), optim, settings, Worker(device=DEVICE), accumulation, ema)
 
 
 def steps(engine: Engine, first: int, count: int) -> list[float]:
     losses = []
     for number in range(first, first + count):
-        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
+        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number)).to(DEVICE)
         size = 12 // engine.accumulation
         total = 0.0
         for part in x.split(size):
@@ -59,13 +65,13 @@ def steps(engine: Engine, first: int, count: int) -> list[float]:
 
 def bare(count: int) -> tuple[list[float], nn.Module, dict[str, list[torch.Tensor]]]:
     """The same in a few lines of PyTorch."""
-    module = net()
+    module = net().to(DEVICE)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
     halflives = {"ema": 100, "ema@5": 5}
     means = {kind: [p.detach().clone() for p in module.parameters()] for kind in halflives}
     losses = []
     for number in range(count):
-        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
+        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number)).to(DEVICE)
         loss = (module(x) - x[:, :5].cumsum(1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -89,9 +95,9 @@ def test_it_does_what_a_bare_loop_does(kind: str, stage: int, offload: str, accu
     assert steps(engine, 0, 20) == pytest.approx(losses, rel=1e-5)
     states, scalars = engine.states()
     for index, (name, parameter) in enumerate(module.named_parameters()):
-        torch.testing.assert_close(states["weights"][name], parameter.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states["weights"][name], parameter.detach().cpu(), rtol=1e-4, atol=1e-5)
         for kind, mean in means.items():
-            torch.testing.assert_close(states[kind][name], mean[index], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(states[kind][name], mean[index].cpu(), rtol=1e-4, atol=1e-5)
     off = states["ema@5"]["0.weight"] - states["ema"]["0.weight"]
     assert off.abs().max() > 1e-3  # they do differ
     assert scalars["adam_step"] == 20
@@ -120,11 +126,11 @@ def test_averaged_weights_inside_and_the_same_ones_after(kind: str, stage: int, 
     pytest.importorskip("deepspeed")
     engine = made(kind, stage, offload)
     steps(engine, 0, 8)
-    x = torch.linspace(-1, 1, 21).view(3, 7)
+    x = torch.linspace(-1, 1, 21).view(3, 7).to(DEVICE)
     states, _ = engine.states()
     assert engine.averages == ["ema", "ema@5"]
     for which in engine.averages:
-        averaged = net()
+        averaged = net().to(DEVICE)
         averaged.load_state_dict(states[which])
         with torch.no_grad():
             before = engine(x).clone()
@@ -143,6 +149,7 @@ def test_a_share_is_a_copy_that_further_steps_do_not_change(kind: str, stage: in
     states = {key: {name: tensor.clone() for name, tensor in named.items()} for key, named in states.items()}
     share, of_share = engine.share()
     steps(engine, 3, 2)
+    share.ready()
     assert of_share == scalars
     assert share.kinds.keys() == states.keys()
     for key, values in share.kinds.items():
@@ -178,7 +185,7 @@ def test_buffers_travel_with_the_weights() -> None:
     module = net()
     module.register_buffer("scale", torch.tensor([2.0]))
     module.register_buffer("scratch", torch.tensor([1.0]), persistent=False)
-    engine = Engine(module, config.Optim(), config.Engine(kind="torch"), Worker())
+    engine = Engine(module, config.Optim(), config.Engine(kind="torch"), Worker(device=DEVICE))
     states, scalars = engine.states()
     assert set(states["weights"]) == set(module.state_dict())
     states = {key: {name: tensor + 1 for name, tensor in named.items()} for key, named in states.items()}
@@ -186,6 +193,7 @@ def test_buffers_travel_with_the_weights() -> None:
     assert module.scale.item() == 3.0
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="there is one")
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match="bf16"):
         made(precision="fp16")
@@ -204,13 +212,13 @@ def test_bf16_computes_in_bf16_and_keeps_fp32() -> None:
 @every_engine
 def test_channels_last_survives_every_stage(kind: str, stage: int, offload: str) -> None:
     pytest.importorskip("deepspeed")
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     outputs = []
     for channels_last in (False, True):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3))
         settings = config.Engine(kind=kind, stage=stage, offload=offload, channels_last=channels_last)
-        engine = Engine(module, config.Optim(), settings, Worker())
+        engine = Engine(module, config.Optim(), settings, Worker(device=DEVICE))
         strides = []
         module[3].register_forward_pre_hook(lambda _, args, seen=strides: seen.append(args[0].stride()))
         for step in range(3):
@@ -225,12 +233,12 @@ def test_channels_last_survives_every_stage(kind: str, stage: int, offload: str)
 def test_stage_3_has_a_fraction_of_the_weights_whole() -> None:
     pytest.importorskip("deepspeed")
     module = nn.Sequential(*(nn.Linear(9, 9) for _ in range(32)))
-    engine = Engine(module, config.Optim(), config.Engine(stage=3), Worker())
+    engine = Engine(module, config.Optim(), config.Engine(stage=3), Worker(device=DEVICE))
     whole: list[int] = []
     for layer in module:
         layer.register_forward_pre_hook(lambda *_: whole.append(sum(p.data.numel() for p in module.parameters())))
     for images in (2, 4, 6):  # DeepSpeed learns the order in the first two
-        engine.backward(engine(torch.ones(2, 9)).sum())
+        engine.backward(engine(torch.ones(2, 9, device=DEVICE)).sum())
         engine.step(1e-3, images, 2)
     assert 2 * 90 < max(whole[-32:]) <= (1 / zero.LIVE + 1 / zero.AHEAD) * 32 * 90 + 2 * 90
     assert not sum(p.data.numel() for p in module.parameters())
@@ -241,25 +249,59 @@ def test_stage_3_has_a_fraction_of_the_weights_whole() -> None:
 def test_compiled_it_computes_the_same(kind: str, stage: int) -> None:
     pytest.importorskip("deepspeed")
     settings = config.Engine(kind=kind, stage=stage, compile="default")
-    engine = Engine(net(), config.Optim(clip=0.5, weight_decay=0.01), settings, Worker(), 1, config.EMA(halflife=100))
+    engine = Engine(
+        net(), config.Optim(clip=0.5, weight_decay=0.01), settings, Worker(device=DEVICE), 1, config.EMA(halflife=100)
+    )
     traced = []
     engine.module[0].register_forward_hook(lambda *_: traced.append(torch.compiler.is_compiling()))
     assert steps(engine, 0, 5) == pytest.approx(bare(5)[0], rel=1e-5)
     assert traced == [True] * 5  # nothing fell back to Python
     with engine.averaged():
-        assert torch.isfinite(engine(torch.ones(1, 7))).all()
+        assert torch.isfinite(engine(torch.ones(1, 7, device=DEVICE))).all()
 
 
 def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "calotype.train.kernels")
-    Engine(net(), config.Optim(), config.Engine(kind="torch", precision="bf16", channels_last=True), Worker())
-    assert caplog.messages == [
-        "computes with bf16 on fp32 weights, attention of PyTorch, channels_last, not compiled, fused AdamW"
-    ]
+    Engine(
+        net(), config.Optim(), config.Engine(kind="torch", precision="bf16", channels_last=True), Worker(device=DEVICE)
+    )
+    said_here = caplog.messages[0]
+    assert said_here.startswith("computes with bf16 on fp32 weights, " + ("TF32 off, " if DEVICE != "cpu" else ""))
+    assert said_here.endswith("channels_last, not compiled, fused AdamW")
     words = said(config.Engine(tf32=True, compile="max-autotune"), cuda=True)
     assert words.startswith("fp32, TF32 on, attention of PyTorch, which may choose flash | memory-efficient")
     assert "torch.compile max-autotune" in words
     assert said(config.Engine(stage=2, offload="cpu"), cuda=True).endswith("fused AdamW in host memory")
+
+
+@on_a_gpu
+@every_engine
+def test_fp16_trains_beside_fp32(kind: str, stage: int, offload: str) -> None:
+    engine = made(kind, stage, offload, precision="fp16")
+    losses = steps(engine, 0, 40)
+    assert losses[-1] < 0.8 * losses[0]
+    assert engine.loss_scale <= FIRST_SCALE
+    assert losses == pytest.approx(bare(40)[0], rel=0.05)
+    assert all(value.dtype == torch.float32 for value in engine.states()[0]["weights"].values())
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(3))])
+def test_cuda_graphs_see_new_weights_and_averages(kind: str, stage: int) -> None:
+    """A graph replays what it was captured with: weights must stay where they are, through steps, swaps and loads."""
+    engine = made(kind, stage, compile="reduce-overhead")
+    assert steps(engine, 0, 12) == pytest.approx(bare(12)[0], rel=1e-5)
+    x = torch.linspace(-1, 1, 84).view(12, 7).to(DEVICE)
+    states, scalars = engine.states()
+    states = {key: {name: tensor.clone() for name, tensor in named.items()} for key, named in states.items()}
+    averaged = net().to(DEVICE)
+    averaged.load_state_dict(states["ema@5"])
+    for _ in range(4):  # recorded without gradients, then replayed
+        with engine.averaged("ema@5"):
+            torch.testing.assert_close(engine(x), averaged(x))
+    before = steps(engine, 12, 3)
+    engine.load(states, scalars)
+    assert steps(engine, 12, 3) == pytest.approx(before, rel=1e-6)
 
 
 @every_engine
@@ -269,7 +311,7 @@ def test_loss_scale_finds_its_place_and_gives_up_at_one(kind: str, stage: int, o
     engine.dynamic, engine.loss_scale = True, 4.0  # what fp16 on a GPU sets
 
     def overflow() -> float:
-        engine.backward(engine(torch.full((1, 7), math.inf)).sum())
+        engine.backward(engine(torch.full((1, 7), math.inf, device=DEVICE)).sum())
         return float(engine.step(1e-2, 12, 12))
 
     before = engine.states()[0]["weights"]["0.weight"].clone()
@@ -307,7 +349,7 @@ def test_a_step_that_is_not_taken_leaves_everything_as_it_was(kind: str, stage: 
     before = states()
     engine.brake.judge = no
     steps(engine, 4, 1)
-    engine.backward(engine(torch.full((12, 7), math.nan)).sum())
+    engine.backward(engine(torch.full((12, 7), math.nan, device=DEVICE)).sum())
     engine.step(1e-2, 60, 12)
     assert len(judged) == 3, "each is judged once"
     assert judged[1] > 0.5, "before it is clipped"
