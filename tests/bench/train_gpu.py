@@ -1,6 +1,7 @@
 """Training the UNet of Stable Diffusion 2 on cached latents on one GPU: images per second and MFU, for train.py.
 
-    bare   its step on tensors that lie on the device: bf16, channels_last, fused AdamW with fp32 weights, an average
+    bare   its step on tensors that lie on the device: bf16, fused AdamW with fp32 weights, an average; its
+            input is in channels_last, its weights are not: they too were slower in eager mode, 97 to 106 images/s
     ours   the loop over a real cache of latents and 77 x 1024 embeddings; each eager and compiled
 
 Weights are random: they cost as much as any.  FLOPs of an image, forward and backward, and the device's dense peak in
@@ -73,23 +74,26 @@ def embedding(random: np.random.Generator) -> Any:
 
 
 class Stopwatch:
-    """Images per second from the end of the first WARM steps to the beginning of the last one."""
+    """`rate`: images per second from the end of the first WARM steps to the beginning of the last one; `first`: seconds
+    of the first step, which compiles.
+    """
 
     def __init__(self, device: str, batch: int, steps: int) -> None:
         self.wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
         self.batch, self.last = batch, steps - 1
-        self.steps, self.began, self.rate = 0, 0.0, 0.0
+        self.steps, self.began, self.first, self.rate = 0, 0.0, 0.0, 0.0
 
     def step(self) -> None:
-        if self.steps in (WARM, self.last):
+        if self.steps in (0, 1, WARM, self.last):
             self.wait()
             now = time.perf_counter()
+            self.first = now - self.began if self.steps == 1 else self.first
             self.rate = self.batch * (self.last - WARM) / (now - self.began)
             self.began = now
         self.steps += 1
 
 
-def ours(settings: config.TrainDenoiser, model: nn.Module, folder: str, manifest: Manifest, device: str) -> float:
+def ours(settings: config.TrainDenoiser, model: nn.Module, folder: str, manifest: Manifest, device: str) -> Stopwatch:
     worker = Worker(device=device, threads=8)
     engine = Engine(model, settings.optim, settings.engine, worker, 1, settings.ema)
     rows, diffusion = (
@@ -106,13 +110,12 @@ def ours(settings: config.TrainDenoiser, model: nn.Module, folder: str, manifest
     stream = Stream(Dataset(open_store(folder), manifest.shards), **order, arrays=("latent", "text"))
     task = loop.Task({denoiser.NAME: engine}, stream.seek, lambda s: rows.of(s.arrays, s.positions.tolist()), step)
     loop.run(task, settings, worker)
-    return watch.rate
+    return watch
 
 
-def bare(settings: config.TrainDenoiser, model: nn.Module, shape: Shape, device: str) -> float:
+def bare(settings: config.TrainDenoiser, model: nn.Module, shape: Shape, device: str) -> Stopwatch:
     batch, cuda = settings.train.batch, device.startswith("cuda")
     model = model.to(device)
-    model = model.to(memory_format=torch.channels_last) if cuda else model
     if settings.engine.compile != "none":
         model.compile(mode=settings.engine.compile)
     parameters = list(model.parameters())
@@ -121,7 +124,7 @@ def bare(settings: config.TrainDenoiser, model: nn.Module, shape: Shape, device:
     diffusion = Diffusion(settings.diffusion)
     z, noise = torch.randn(2, batch, *shape, device=device)
     t = torch.randint(settings.diffusion.timesteps, (batch,), device=device)
-    text = torch.randn(batch, TOKENS, WIDTH, device=device)
+    text = torch.randn(batch, TOKENS, WIDTH, device=device).half()  # as caches store it
     watch = Stopwatch(device, batch, steps_of(settings))
     for _ in range(steps_of(settings)):
         watch.step()
@@ -135,7 +138,7 @@ def bare(settings: config.TrainDenoiser, model: nn.Module, shape: Shape, device:
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(mean, [parameter.detach() for parameter in parameters], 1e-3)
-    return watch.rate
+    return watch
 
 
 def main(edges: list[int], device: str, batch: int, steps: int, modes: list[str]) -> None:
@@ -149,31 +152,41 @@ def main(edges: list[int], device: str, batch: int, steps: int, modes: list[str]
             shape = (4, edge // 8, edge // 8)
             manifest = latents(folder, shape, edge, SAMPLES, 64, embedding)
             settings = settings_of(folder, edge, device, batch, steps, mode)
-            unet = unet or build_denoiser(settings, shape)  # its weights are the same for every edge
-            while not (rates := _rates(settings, unet, folder, manifest, shape, device)):
+            if unet is None:  # its weights are the same for every edge, and a GPU makes them faster
+                with torch.device(device):
+                    unet = build_denoiser(settings, shape).cpu()
+            while not (found := _measured(settings, unet, folder, manifest, shape, device)):
                 fewer = settings.train.batch // 2
                 settings = settings_of(folder, edge, device, fewer, steps, mode)
             spent = Spent(settings, Worker(device=device), shape, None)
             what = f"{edge} px  batch {settings.train.batch:<4}{WORDS[mode]:<12}"
-            for who, rate in rates.items():
-                figures = spent.figures({"images_per_second": rate})
+            for who, (watch, peak) in found.items():
+                figures = spent.figures({"images_per_second": watch.rate})
                 mfu = f"  MFU {figures['mfu_percent']:.1f} %" if "mfu_percent" in figures else ""
-                print(f"{what}{who:<5}{rate:8.1f} images/s{mfu}", flush=True)
-            print(f"{what}ours / bare {rates['ours'] / rates['bare']:.3f}", flush=True)
+                print(
+                    f"{what}{who:<5}{watch.rate:8.1f} images/s{mfu}  {peak:.0f} GiB  first step {watch.first:.1f} s",
+                    flush=True,
+                )
+            print(f"{what}ours / bare {found['ours'][0].rate / found['bare'][0].rate:.3f}", flush=True)
 
 
-def _rates(
+def _measured(
     settings: config.TrainDenoiser, unet: nn.Module, folder: str, manifest: Manifest, shape: Shape, device: str
-) -> dict[str, float]:
-    """Images per second of the bare loop and of ours; {} if the device has no room for the batch."""
-    try:
-        rates = {"bare": bare(settings, copy.deepcopy(unet), shape, device)}
+) -> dict[str, tuple[Stopwatch, float]]:
+    """The bare loop and ours, each with its peak of GiB; {} if the device has no room for the batch."""
+    loops: dict[str, Callable[[nn.Module], Stopwatch]] = {
+        "bare": lambda model: bare(settings, model, shape, device),
+        "ours": lambda model: ours(settings, model, folder, manifest, device),
+    }
+    found = {}
+    for who, run in loops.items():
         _free(device)
-        rates["ours"] = ours(settings, copy.deepcopy(unet), folder, manifest, device)
-    except torch.OutOfMemoryError:
-        rates = {}
-    _free(device)
-    return rates
+        try:
+            watch = run(copy.deepcopy(unet))
+        except torch.OutOfMemoryError:
+            return {}
+        found[who] = watch, torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
+    return found
 
 
 def _free(device: str) -> None:
@@ -181,3 +194,4 @@ def _free(device: str) -> None:
     torch._dynamo.reset()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

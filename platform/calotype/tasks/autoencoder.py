@@ -167,10 +167,10 @@ class HeldOut:
             part = share[index * size : (index + 1) * size]
             real, made, mean, std = self._reconstructed(engine, part or self._read()[:1])
             if part:
-                quality = [torch.tensor(len(part)), metrics.psnr(made, real).sum(), metrics.ssim(made, real).sum()]
+                quality = torch.stack([metrics.psnr(made, real), metrics.ssim(made, real)]).double().sum(1)
                 power = (mean**2 + std**2).double()
                 latents = [mean.double().mean((2, 3)).sum(0), power.mean((2, 3)).sum(0)]
-                sums += torch.cat([torch.stack([value.double() for value in quality]), *latents]).cpu()
+                sums += torch.cat([quality.new_tensor([len(part)]), quality, *latents]).cpu()
         if self.worker.world > 1:
             shared = sums.to(self.worker.device)
             dist.all_reduce(shared)

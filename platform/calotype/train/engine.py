@@ -86,8 +86,6 @@ class Engine:
         self.dynamic = engine.precision == "fp16"
         self._good, self._micro = 0, 0
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        persistent = module.state_dict().keys()
-        self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         cast = Cast(module, DTYPES[engine.precision], worker.device)
         kernels.choose(cast, engine, worker)
         join(worker, engine.kind)
@@ -151,6 +149,12 @@ class Engine:
             self.loss_scale /= 2
         elif self._good % SCALE_GROWTH == 0:
             self.loss_scale *= 2
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that are saved, where they are now: a module that goes to a GPU has others than before."""
+        persistent = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
 
     @property
     def averages(self) -> list[str]:
