@@ -225,7 +225,7 @@ class Engine:
     micro_batch: int = setting(0, "images per forward on one worker; 0 = all of its share", identity=False)
     tf32: bool = setting(False, "what computes in fp32 on a GPU does so in TF32: faster, with 10 bits of mantissa")
     channels_last: bool = setting(
-        False, "convolutions in channels_last: faster in bf16 and fp16 on a GPU", identity=False
+        False, "latents in channels_last: for engine.compile, as PyTorch's own GroupNorm undoes it", identity=False
     )
     compile: str = setting(
         "none",

@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 BATCH, STEPS, SAVED = 32, 80, 5  # steps between two checkpoints
 SEED = int.from_bytes(os.urandom(4))  # of the steps that are hit
+ONE, FIVE = [(6, 21)], [(6, 9), (10, 13), (14, 17), (18, 21), (22, 24)]  # ranges of steps, one of each is hit
+BLOWS = [("stop", ONE), ("kill", ONE), ("kill", FIVE), ("kill", ONE)]  # by stage, on the first leg
 
 Job = Callable[..., str]
 
@@ -112,15 +114,18 @@ def logged(root: str, stage: int) -> list[tuple[int, float]]:
 def test_ids_and_losses_of_a_calm_run(
     ran: Job, root: str, samples: dict[int, list[str]], golden: list[dict[int, float]], tmp_path: Path, stage: int
 ) -> None:
-    """On two workers killed (at stage 0 stopped), then cancelled; on one, killed with its driver; on two to the end."""
+    """On two workers killed (stage 2: five times; stage 0: stopped), then cancelled; on one, killed with its driver;
+    on two to the end.
+    """
     chance = random.Random(SEED + stage)
 
     def hit(kind: str, first: int, last: int, world: int) -> list[Any]:
         """At a random step, on a random rank."""
         return [BATCH * chance.randrange(first, last), chance.randrange(world), kind]
 
+    kind, when = BLOWS[stage]
     legs = [
-        (2, [hit("kill" if stage else "stop", 6, 21, 2), hit("cancel", 24, 29, 2)]),
+        (2, [*(hit(kind, first, last, 2) for first, last in when), hit("cancel", 24, 29, 2)]),
         (1, [hit("orphan", 52, 61, 1)]),
         (2, []),
     ]

@@ -27,7 +27,9 @@ def choose(module: nn.Module, engine: config.Engine, worker: Worker) -> None:
     """Make the module compute as the settings say, in place; to be called once autocast is inside of it.
 
     Latents become channels_last, weights stay as they are: the flat buffers of ZeRO 1 and 2 would undo their strides,
-    and cuDNN brings its weights into the layout of its input (PyTorch, "Channels Last Memory Format").
+    and cuDNN brings its weights into the layout of its input (PyTorch, "Channels Last Memory Format").  Uncompiled it
+    changes nothing on a GPU, where GroupNorm answers in channels first (H200, UNet of SD 2 at 512 px: 105 and 106
+    images/s); cudnn.benchmark changed nothing either (104, 106).
     """
     cuda = worker.device.startswith("cuda")
     if cuda:
