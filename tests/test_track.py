@@ -37,7 +37,7 @@ class Wire:
         self.port = self.listener.getsockname()[1]
         self.up = True
         self.lose_answers = 0
-        self.ingress = False
+        self.instead: tuple[str, str] | None = None  # (status, body) of all answers
         self.open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -73,9 +73,9 @@ class Wire:
                 if answer and self.lose_answers > 0:
                     self.lose_answers -= 1
                     break
-                if self.ingress and not answer:
-                    body = b"default backend - 404"
-                    source.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                if self.instead and not answer:
+                    status, body = self.instead
+                    source.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
                     continue
                 target.sendall(data)
         except OSError:
@@ -310,19 +310,30 @@ def test_a_point_that_mlflow_refuses_takes_no_other_with_it(wire: Wire, settings
     assert "bad!key" in caplog.text
 
 
-def test_an_ingress_without_a_backend_is_an_outage(wire: Wire, settings: Any, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    "instead",
+    [
+        ("404 Not Found", "default backend - 404"),
+        (
+            "400 Bad Request",
+            '{"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 5 overflow 10 reached"}',
+        ),
+    ],
+    ids=["ingress without a backend", "database without a connection"],
+)
+def test_what_is_said_for_mlflow_is_an_outage(wire: Wire, settings: Any, caplog: Any, instead: tuple[str, str]) -> None:
     record = begin(settings)
     worker = track.attach(settings, record)
     worker.log({"loss": 0.0}, 0)
     until(lambda: worker.pending() == [])
-    wire.ingress = True
+    wire.instead = instead
     late = track.attach(settings, record, [("late", 1.0, 1, 1)])  # MLflow cannot be asked what it holds
     late.tags({"late": "yes"})
     worker.tags({"told": "yes"})
     for step in range(1, 30):
         worker.log({"loss": float(step)}, step)
     until(lambda: caplog.text.count("its points wait here") >= 2)
-    wire.ingress = False
+    wire.instead = None
     late.finish()
     worker.finish()
     assert history(record, "late") == [(1, 1.0)]

@@ -324,7 +324,8 @@ def _size(found: Mapping[str, Sequence[Entry]]) -> int:
 
 
 def _agreed(args: argparse.Namespace, question: str) -> bool:
-    """
+    """Whether the user says yes.
+
     Raises:
         CalotypeError: there is nobody to ask.
     """

@@ -99,7 +99,8 @@ def _progress(store: Store, one: Known) -> None:
 
 
 def found_by(root: str, reference: str) -> Known:
-    """
+    """The cache of an id, its beginning, or the name of a run that made it.
+
     Raises:
         CalotypeError: none, or more than one.
     """

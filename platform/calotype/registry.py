@@ -62,7 +62,8 @@ def point(name: str, alias: str, version: str) -> None:
 
 @contextlib.contextmanager
 def _said(name: str) -> Iterator[None]:
-    """
+    """What MLflow says against a registration, in one sentence.
+
     Raises:
         CalotypeError: MLflow is not there, or refuses the name or the alias; in its words.
     """

@@ -317,9 +317,10 @@ class _Server:
         client.log_batch(self.run, metrics=[Metric(key, value, when, step) for key, value, step, when in points])
 
     def refused(self, error: Exception) -> bool:
-        """MLflow understood and said no; a timeout, a lock, a missing right may pass, and so may an ingress's 404."""
+        """MLflow understood and said no; a timeout, a lock, a missing right may pass, and so may an ingress's 404, and
+        the bad request that it calls one for which its database had no free connection."""
         status = getattr(error, "get_http_status_code", lambda: 500)()
-        no = 400 <= status < 500 and status not in (401, 403, 408, 425, 429)
+        no = 400 <= status < 500 and status not in (401, 403, 408, 425, 429) and "QueuePool limit" not in str(error)
         return isinstance(error, ConfigError) or (no and _code(error) != "")
 
     def gone(self, error: Exception) -> bool:

@@ -253,7 +253,8 @@ def latent_key(source: Shard, taken: Collection[str] = ()) -> str:
 
 
 def latent_key_of(source_sha256: str, taken: Collection[str] = ()) -> str:
-    """
+    """Key of the latents of a source shard, without what was taken down.
+
     Args:
         taken: marks of its samples that were taken down.
     """

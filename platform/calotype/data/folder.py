@@ -52,7 +52,8 @@ class Folder:
         self.inside = self.root.resolve()
 
     def listing(self) -> Listing:
-        """
+        """All images, with what the captions or the table say of each.
+
         Raises:
             ConfigError: the table cannot be read or lacks a column.
         """

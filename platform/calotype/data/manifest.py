@@ -115,7 +115,8 @@ class Manifest:
 
 
 def shard_of(row: dict[str, Any]) -> Shard:
-    """
+    """The shard that a row of a manifest describes.
+
     Raises:
         ValueError, TypeError: what no shard can have.
     """
@@ -152,7 +153,8 @@ def canonical(value: Any) -> bytes:
 
 
 def parsed(data: bytes, what: str, *expected: str) -> dict[str, Any]:
-    """
+    """The JSON object that a file of ours is.
+
     Raises:
         DataError: not a JSON object, or of a format other than those expected.
     """
@@ -239,7 +241,8 @@ def cache_manifest(store: Store, digest: str = "") -> Manifest:
 
 
 def check_encoding(found: Any, what: str) -> None:
-    """
+    """Refuse what is not an encoding of latents.
+
     Raises:
         DataError: it is not what the identity of an encoding stands for: a field is missing, or has another type.
     """

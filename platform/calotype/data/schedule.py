@@ -57,7 +57,8 @@ class _Pool:
 
 
 class Schedule:
-    """
+    """Position -> dataset, chunk and row of its sample.
+
     Args:
         layouts: of every dataset.
         weights: of every dataset.

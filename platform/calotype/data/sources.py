@@ -37,7 +37,8 @@ UNSEEN_PHRASINGS = (
 
 
 def open_source(data: Data) -> Source:
-    """
+    """Where the images of a dataset come from.
+
     Raises:
         ConfigError: the folder or table that `data` names is not there.
     """

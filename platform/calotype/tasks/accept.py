@@ -146,7 +146,8 @@ def report(found: Iterable[Decoded], statistics: Mapping[str, Any], lost: Collec
 
 
 def check(found: Mapping[str, Any], channels: int, accept: Accept, where: str) -> None:
-    """
+    """Refuse a cache that lies outside the limits.
+
     Raises:
         DataError: the cache that `found` is the report of is outside the limits; all that is wrong with it.
     """
@@ -177,7 +178,8 @@ def wrong(found: Mapping[str, Any], channels: int, accept: Accept) -> Iterator[s
 
 
 def within_budget(lost: Sequence[tuple[Shard, Lost]], config: CacheLatents, listed: str = "") -> None:
-    """
+    """Refuse a cache that lacks too many samples.
+
     Args:
         listed: URI of the list of all of them, where there is one.
 

@@ -23,7 +23,8 @@ def is_pixel(settings: TrainDenoiser) -> bool:
 
 
 def check(latent: TrainDenoiser, pixel: TrainDenoiser) -> None:
-    """
+    """Refuse a comparison from which nothing would follow.
+
     Raises:
         ConfigError: `pixel` is not the same UNet, conditioned alike, in pixel space at the same resolution.
     """

@@ -50,7 +50,8 @@ class Forecast:
 
 
 def forecast(config: CacheLatents, worker: Worker, rate: float = 0.0, price: float = 0.0) -> Forecast:
-    """
+    """What caching will take: time, bytes, money.
+
     Args:
         config: resolved.
         rate: images per second of one worker; 0 times a few batches here.  Else one is encoded, for its bytes.

@@ -95,7 +95,8 @@ def _absolute(path: str) -> str:
 
 
 def plan(config: Prepare) -> Plan:
-    """
+    """The shards that the dataset is to have.
+
     Raises:
         DataError: the source is empty.
     """

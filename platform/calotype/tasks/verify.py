@@ -176,7 +176,8 @@ def settings(one: caches.Known, root: str) -> CacheLatents | None:
 
 
 def _decoded(config: CacheLatents, manifest: Manifest, latents: Store, jobs: int, found: Found) -> list[Decoded]:
-    """
+    """Samples of the cache, decoded, beside their originals.
+
     Raises:
         CalotypeError: the autoencoder or the dataset is gone, or another.
     """
