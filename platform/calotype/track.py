@@ -151,7 +151,8 @@ def page(run_id: str) -> str:
     with contextlib.suppress(Exception):  # a finished job stays finished
         if run_id and address:
             experiment = connect().get_run(run_id).info.experiment_id
-            return f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+            where = f"{address.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+            return f"{where}?workflowType=machine_learning"  # or the page has a menu of language models' things
     return ""
 
 
