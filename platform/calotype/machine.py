@@ -8,6 +8,7 @@ from typing import Any
 
 
 def monitors() -> list[Any]:
+    import psutil
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -16,6 +17,7 @@ def monitors() -> list[Any]:
     found: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     with contextlib.suppress(Exception):  # no NVIDIA driver or no NVML bindings: many kinds of error, one meaning
         found.append(GPUMonitor())
+    psutil.cpu_percent()  # it tells of the time since it was asked last, and the first time 0
     return found
 
 
