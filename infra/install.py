@@ -76,6 +76,7 @@ def install() -> None:
     pip("--editable", ".[all,dev]")
     STAMP.write_text(wanted())
     UNFINISHED.unlink()
+    print("Installed: `.venv/bin/calotype --help`, or `make demo`.", flush=True)
 
 
 def torch() -> None:

@@ -113,6 +113,8 @@ def _bring(job: str, config: Any) -> None:
         except OSError as error:
             raise CalotypeError(f"out={out} cannot be written ({error.strerror}): name another folder") from None
         print(f"look at {shlex.quote(str(Path(out) / 'grid.png'))}")
+    elif job == "sample":
+        print("the same command with out=FOLDER copies the pictures here")
 
 
 class Sweep:

@@ -229,9 +229,10 @@ def _call(method: str, path: str, data: bytes | None = None) -> bytes:
     """One request; raises HTTPError for an answer that is a refusal, Unanswered when there is none."""
     address = os.environ.get("RAY_ADDRESS", "")
     if not address.startswith("http"):
-        raise CalotypeError(
-            f"RAY_ADDRESS={address!r} is not the http address of a Ray dashboard: run `calotype up`, or set it"
+        known = (
+            f"RAY_ADDRESS={address} is not the http address of a Ray dashboard" if address else "no Ray is known here"
         )
+        raise CalotypeError(f"{known}: run `calotype up`, or set RAY_ADDRESS to that of yours")
     headers = {"Content-Type": "application/octet-stream" if method == "PUT" else "application/json"}
     if token := _token():
         headers["Authorization"] = f"Bearer {token}"

@@ -129,8 +129,8 @@ def _explained(uri: str) -> Iterator[None]:
         raise CalotypeError(f"{uri} failed: {error}") from error
     except botocore.exceptions.NoCredentialsError as error:
         raise CalotypeError(
-            f"no S3 credentials for {uri}: set AWS_ACCESS_KEY_ID; for the S3 of `calotype up`, run in its folder, and "
-            "in Python call calotype.environment.load_services() first"
+            f"no S3 is known here for {uri}: run `calotype up`, in the folder where this runs, or set "
+            "AWS_ENDPOINT_URL_S3 and AWS_ACCESS_KEY_ID; in Python call calotype.environment.load_services() first"
         ) from error
     except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         raise Unreachable(f"{uri} cannot be reached ({error}): check AWS_ENDPOINT_URL_S3 and the server") from error

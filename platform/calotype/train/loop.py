@@ -209,7 +209,8 @@ def bar(config: Any, worker: Worker, record: runs.Record | None) -> Iterator[Cal
     if record is None or worker.rank:
         yield lambda images, figures: None
         return
-    with Progress(config.train.images, "images", "train") as progress:
+    batch = config.train.batch
+    with Progress(math.ceil(config.train.images / batch) * batch, "images", "train") as progress:
 
         def show(images: int, figures: Mapping[str, Any]) -> None:
             progress.update(images, **{name: figures[name] for name in ("loss", "validation_loss") if name in figures})
