@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import yaml
 from calotype.cluster import room, spread
+from calotype.cluster.services import interpreter
 from calotype.config import EMA, Cluster, Data, Engine, Optim, Track, Train, TrainDenoiser
 from calotype.environment import Worker
 from calotype.runs import Record
@@ -43,7 +45,8 @@ class Node:
         import ray
 
         before = {node["NodeID"] for node in ray.nodes()}
-        command = [sys.executable, "-c", ON_LOOPBACK, "start", f"--address={os.environ['CALOTYPE_RAY_GCS']}"]
+        python = interpreter(json.loads(Path(os.environ["CALOTYPE_HOME"], "state.json").read_text()))
+        command = [python, "-c", ON_LOOPBACK, "start", f"--address={os.environ['CALOTYPE_RAY_GCS']}"]
         command += ["--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
         env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
