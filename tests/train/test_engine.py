@@ -269,9 +269,10 @@ def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
     Engine(
         net(), config.Optim(), config.Engine(kind="torch", precision="bf16", channels_last=True), Worker(device=DEVICE)
     )
-    said_here = caplog.messages[0]
-    assert said_here.startswith("computes with bf16 on fp32 weights, " + ("TF32 off, " if DEVICE != "cpu" else ""))
-    assert said_here.endswith("channels_last, not compiled, fused AdamW")
+    here = said(config.Engine(precision="bf16", channels_last=True), cuda=DEVICE != "cpu")
+    assert caplog.messages == [f"computes with {here}"]
+    here = said(config.Engine(precision="bf16", channels_last=True), cuda=False)
+    assert here == "bf16 on fp32 weights, attention of PyTorch, channels_last, not compiled, fused AdamW"
     words = said(config.Engine(tf32=True, compile="max-autotune"), cuda=True)
     assert words.startswith("fp32, TF32 on, attention of PyTorch, which may choose flash | memory-efficient")
     assert "torch.compile max-autotune" in words
@@ -280,7 +281,7 @@ def test_it_says_how_it_computes(caplog: pytest.LogCaptureFixture) -> None:
 
 @on_a_gpu
 @every_engine
-def test_fp16_trains_beside_fp32(kind: str, stage: int, offload: str) -> None:
+def test_fp16_finds_its_scale_and_trains(kind: str, stage: int, offload: str) -> None:
     engine = made(kind, stage, offload, precision="fp16")
     first = steps(engine, 0, 10)  # the first few overflow, until the scale is found
     assert 1 < engine.loss_scale <= FIRST_SCALE
