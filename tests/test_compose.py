@@ -443,6 +443,12 @@ def test_a_refusal_on_the_command_line_is_one_line_and_fails(tmp_path: Path) -> 
         assert "Traceback" not in done.stderr
 
 
+def test_settings_with_dashes_are_refused_by_one_that_has_none(tmp_path: Path) -> None:
+    done = job("--name", "mine", "--optim.lr=1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "calotype: --name is not a flag: settings have no dashes, as in name=...\n"
+
+
 def test_shell_completion_knows_groups_options_and_settings(tmp_path: Path) -> None:
     def completed(line: str) -> set[str]:
         done = job("-sc", "query=bash", cwd=tmp_path, COMP_LINE=f"python x.py {line}", COMP_POINT="99")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -32,6 +31,7 @@ from calotype.config import JOBS
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
 from calotype.errors import CalotypeError
+from calotype.sweep import Sweep
 
 Run = Callable[[Any, runs.Record, track.Tracker], dict[str, Any]]
 Resolve = Callable[[Any], Any]
@@ -54,14 +54,13 @@ def job_main(job: str, resolve: Resolve, run: Run) -> None:
             return
         sweep = Sweep(job)
 
-        def body(config: Any, overrides: list[str] | None) -> None:
-            with sweep.child(config, overrides) as child:
-                resolved = resolve(child)
-                if not _already_done(job, resolved):
-                    execute(job, resolved, run)
-                    _bring(job, resolved)
+        def body(config: Any) -> None:
+            resolved = sweep.take(resolve(config))
+            if not _already_done(job, resolved):
+                execute(job, resolved, run)
+                _bring(job, resolved)
 
-        compose.hydra_main(job, body, argv)
+        compose.hydra_main(job, lambda make, overrides: sweep.run(make, overrides, body), argv)
         sweep.close()
 
 
@@ -115,38 +114,6 @@ def _bring(job: str, config: Any) -> None:
         print(f"look at {shlex.quote(str(Path(out) / 'grid.png'))}")
     elif job == "sample":
         print("the same command with out=FOLDER copies the pictures here")
-
-
-class Sweep:
-    """The children of one `-m`: one parent run in MLflow; a failing child does not stop its siblings."""
-
-    def __init__(self, job: str) -> None:
-        self.job = job
-        self.parent = ""
-        self.failures: list[str] = []
-
-    @contextlib.contextmanager
-    def child(self, config: Any, overrides: list[str] | None) -> Iterator[Any]:
-        """The config to run: as it is, or (under -m) as a child of the parent run."""
-        if overrides is None:
-            yield config
-            return
-        label = " ".join(overrides)
-        print(f"--- {self.job} {label}", flush=True)
-        if not self.parent and config.track.kind == "mlflow":
-            self.parent = track.open_parent(config, self.job)
-        try:
-            yield dataclasses.replace(config, track=dataclasses.replace(config.track, parent=self.parent))
-        except CalotypeError as error:
-            print(f"calotype: {error}", file=sys.stderr, flush=True)
-            self.failures.append(f"{label}: {error}")
-
-    def close(self) -> None:
-        """End the parent run; a CalotypeError names the children that failed."""
-        if self.parent:
-            track.close_parent(self.parent, "FAILED" if self.failures else "FINISHED")
-        if self.failures:
-            raise CalotypeError("; ".join(self.failures))
 
 
 @contextlib.contextmanager
@@ -242,14 +209,13 @@ def submit(argv: Sequence[str]) -> int:
     job, sweep = argv[0], Sweep(argv[0])
     submitted: dict[str, Any] = {}
 
-    def body(config: Any, overrides: list[str] | None) -> None:
-        with sweep.child(config, overrides) as child:
-            resolved = resolve(job, child)
-            if identifier := submit_resolved(job, resolved):
-                submitted[identifier] = resolved
-                print(f"submitted {identifier}", flush=True)
+    def body(config: Any) -> None:
+        resolved = sweep.take(resolve(job, config))
+        if identifier := submit_resolved(job, resolved):
+            submitted[identifier] = resolved
+            print(f"submitted {identifier}", flush=True)
 
-    compose.hydra_main(job, body, argv[1:])
+    compose.hydra_main(job, lambda make, overrides: sweep.run(make, overrides, body), argv[1:])
     if wait and len(submitted) == 1:
         jobs.follow(*submitted)
     for identifier, resolved in submitted.items() if wait else ():

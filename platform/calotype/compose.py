@@ -63,13 +63,14 @@ def _composed(job: str, overrides: Sequence[str] = ()) -> Any:
         return hydra_compose(job, list(overrides))
 
 
-def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Sequence[str]) -> None:
-    """Run `body(config, overrides)` under Hydra's own command line: `--cfg job`, `-m`, `--help`, shell completion.
+def hydra_main(job: str, body: Callable[[Callable[[], Any], list[str] | None], Any], argv: Sequence[str]) -> None:
+    """Run `body(make, overrides)` under Hydra's own command line: `--cfg job`, `-m`, `--help`, shell completion.
 
-    With -m the body is called once per combination, with that combination's overrides; otherwise with None.
+    `make()` gives the checked config.  With -m the body is called once per combination, with that combination's
+    overrides; otherwise with None.
 
     Raises:
-        ConfigError: as `compose`.
+        ConfigError: as `compose`; or a word is neither a setting nor a flag of Hydra.
         CalotypeError: the first one that the body raised.
     """
     import hydra
@@ -86,13 +87,14 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
         runtime = HydraConfig.get()
         overrides = list(runtime.overrides.task) if runtime.mode == RunMode.MULTIRUN else None
         try:
-            body(validated(job, node), overrides)
+            body(lambda: validated(job, node), overrides)
         except CalotypeError as error:  # kept from Hydra, which has more to say
             refused.append(error)
 
     if {"-h", "--help"} & set(argv):
         print(explained(job))
         return
+    _refuse_foreign_flags(argv)
     argv0, sys.argv = sys.argv, [sys.argv[0], *_flags_last(argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one sentence
     try:
@@ -103,6 +105,16 @@ def hydra_main(job: str, body: Callable[[Any, list[str] | None], Any], argv: Seq
         sys.argv = argv0
     if refused:
         raise refused[0]
+
+
+def _refuse_foreign_flags(argv: Sequence[str]) -> None:
+    from hydra._internal.utils import get_args_parser
+
+    known = get_args_parser()._option_string_actions
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag not in (*known, "--"):
+            raise ConfigError(f"{flag} is not a flag: settings have no dashes, as in {flag[2:]}={value or '...'}")
 
 
 def _flags_last(argv: Sequence[str]) -> list[str]:

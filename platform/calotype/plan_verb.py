@@ -45,9 +45,10 @@ def plan(argv: Sequence[str]) -> int:
     if args.job not in BODIES:
         raise CalotypeError(f"there is no plan for the job {args.job!r}, only for {' and '.join(BODIES)}")
 
-    def body(config: Any, _: list[str] | None) -> None:
+    def body(make: Callable[[], Any], _: list[str] | None) -> None:
         from calotype.cluster import local
 
+        config = make()
         local.check_up(home(), config.root)
         BODIES[args.job](config, args)
 

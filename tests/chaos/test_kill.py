@@ -154,6 +154,7 @@ def test_a_killed_job_resumes_at_another_size_and_stage(prepared: list[str], gol
         driver.send_signal(signal.SIGKILL)
     out, _ = process.communicate(timeout=600)
     assert process.returncode != 0, out[-2000:]
+    assert out.strip().endswith("was killed, by somebody or for want of memory: the same command goes on"), out[-2000:]
     calotype("submit", "train_denoiser", *settings, "engine=zero3", "cluster.workers=1", "cluster.cpus=2")
     same(curve(prepared, "job"), golden, 1e-5)
 

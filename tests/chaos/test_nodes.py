@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +51,10 @@ class Node:
         command = [python, "-c", ON_LOOPBACK, "start", f"--address={os.environ['CALOTYPE_RAY_GCS']}"]
         command += ["--block", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+        # As another machine has: a node unpacks a job's code anew where another one's ranks may stand in it, and a
+        # process without a working directory cannot load MKL.
+        self.scratch = tempfile.mkdtemp(prefix="calotype-node-")
+        command += [f"--temp-dir={self.scratch}"]
         env = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         with (folder / f"node-{len(before)}.log").open("wb") as said:
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said)
@@ -73,6 +79,7 @@ class Node:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.process.wait(10)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def alive(self) -> bool:
         return self.process.poll() is None

@@ -131,7 +131,14 @@ def test_hydra_flags_work_as_hydra_users_expect(job: Job, line: Path) -> None:
 
 
 def test_a_sweep_runs_every_combination_and_fails_if_one_does(job: Job, line: Path) -> None:
-    job("sample", "debug=local", "-m", "run=run:train_denoiser", "prompts=[a two]", "sampler.steps=1,2", home=line)
+    words = ["debug=local", "-m", "run=run:train_denoiser", "prompts=[a two]"]
+    out = job("sample", *words, "sampler.steps=1,0,2", home=line, fails=True)
+    *_, one, refused, two, last = out.strip().splitlines()
+    assert [one.split()[0], two.split()[0]] == ["sampler.steps=1", "sampler.steps=2"]
+    assert all("finished" in line and "images 1" in line for line in (one, two))
+    assert refused.split()[0] == "sampler.steps=0"
+    assert "not started" in refused
+    assert "sampler.steps=0: sampler.steps=0" in last
     out = job(
         "sample",
         "-m",

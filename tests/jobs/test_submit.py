@@ -154,6 +154,9 @@ def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
     sweep = ["submit", "prepare", "-m", f"root={root}", "name=swept", "track.experiment=test"]
     out = calotype(*sweep, "data.name=swept-1,swept-2")
     assert out.count("submitted prepare-") == 2
+    *_, first, second, page = out.strip().splitlines()
+    assert all(words in first for words in ("data.name=swept-1", "finished", "samples 1,4"))
+    assert "data.name=swept-2" in second
     client = MlflowClient()
     experiment = client.get_experiment_by_name("test")
     children = [
@@ -161,7 +164,8 @@ def test_a_sweep_makes_children_of_one_parent(root: str) -> None:
         for run in client.search_runs([experiment.experiment_id], "tags.`calotype.job` = 'prepare'")
         if run.info.run_name == "swept" and "mlflow.parentRunId" in run.data.tags
     ]
-    assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in children}
+    assert f"/runs/{parent}?" in page
     assert len(children) == 2
 
 

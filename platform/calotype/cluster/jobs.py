@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import textwrap
 import time
 import urllib.error
@@ -34,6 +35,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 GRACE = 120  # seconds a cancelled job has for its last checkpoint, before Ray kills it
 OUTAGE = 60.0  # seconds of silence of the cluster that following a job survives
 POLL = 0.3
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as Ray and as a shell say it
 
 
 class Unanswered(CalotypeError):
@@ -166,7 +168,10 @@ def _surviving(ask: Any) -> Any:
 
 
 def _reason(info: Any) -> str:
-    """The last thing a failed job said."""
+    """The last thing a failed job said; of one that was killed, that it was."""
+    code = re.search(r"failed with exit code (-?\d+)", info.get("message") or "")
+    if code and int(code[1]) in KILLED:
+        return "its driver was killed, by somebody or for want of memory: the same command goes on"
     lines = [console.RAY_PREFIX.sub("", line).strip() for line in (info.get("message") or "").splitlines()]
     lines = [line for line in lines if line]
     said = [line.removeprefix("calotype: ") for line in lines if line.startswith("calotype: ")]
