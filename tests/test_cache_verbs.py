@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from calotype.config import Accept, Autoencoder, CacheLatents, Encoding, TrainDenoiser
 from calotype.data import cache
+from calotype.data.files import PARTIAL
 from calotype.data.manifest import CACHE, Manifest, load_dataset
 from calotype.data.store import open_store
 from calotype.environment import Worker
@@ -152,6 +154,10 @@ def test_gc_deletes_what_nobody_refers_to_and_asks_first(config: CacheLatents, s
     run(newer)
     forgotten = replace(config, encoding=replace(config.encoding, resolution=8))
     task.make(forgotten, Worker())(task.plan(forgotten)[0])
+    cut_off = [Path(config.root, "latents", f"{PARTIAL}{name}") for name in ("now", "before")]
+    for path in cut_off:
+        path.write_bytes(b"half a shard")
+    os.utime(cut_off[1], (0, 0))
     status, out = say("gc")  # all of it is younger than a day
     assert (status, "nothing else under" in out) == (0, True)
     assert "are younger than 24 hours and stay: --hours 0 takes them too" in out
@@ -162,6 +168,7 @@ def test_gc_deletes_what_nobody_refers_to_and_asks_first(config: CacheLatents, s
     status, out = say("gc", "--hours", "0", "--yes")
     assert status == 0
     assert list(latents_of(forgotten).list()) == []
+    assert [path.exists() for path in cut_off] == [True, False]  # somebody may be writing the first
     for reference in (identity, cache.cache_id(cache.encoding_id(cache.encoding_of(newer)), newer.data.digest)):
         assert say("verify", reference)[0] == 0  # what is referred to stays whole
 

@@ -286,6 +286,7 @@ def _gc(args: argparse.Namespace) -> int:
         if one.users:
             users = _named(one.users, runs.names(args.root))
             raise CalotypeError(f"cache {one.id[:8]} of dataset {one.dataset} is what {users} trained on: it stays")
+    garbage.collect_unfinished(root, args.hours * 3600)
     ids = {one.id for one in given_up}
     kept = caches.kept(args.root, ids)
     found, whole = garbage.find(root, kept, args.hours * 3600), garbage.find(root, kept, 0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from calotype.data import s3 as rooms
+from calotype.data.files import Entry
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import CalotypeError, ConfigError, DataError
 
@@ -151,7 +153,7 @@ die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 os.link = die                           # the folder's last step
 s3.S3Store._conditional = die        # S3's: everything was sent, nothing completed
 s3.SINGLE_PUT = 1
-open_store(sys.argv[1]).publish("victim", Path(sys.argv[2]))
+open_store(sys.argv[1]).publish("down/here/victim", Path(sys.argv[2]))
 """
 
 
@@ -160,7 +162,19 @@ def test_a_killed_writer_leaves_nothing_visible(store: Store, tmp_path: Path) ->
     path.write_bytes(os.urandom(MIB))
     done = subprocess.run([sys.executable, "-c", KILLED, store.uri, str(path)], env=_environment(), check=False)
     assert done.returncode == -9
-    assert (store.exists("victim"), list(store.list()), store.folders()) == (False, [], [])
+    assert (store.exists("down/here/victim"), list(store.list()), store.folders()) == (False, [], [])
+
+    def left(prefix: str) -> list[Entry]:
+        found: list[Entry] = []
+        store.collect(prefix, lambda entry: bool(found.append(entry)))
+        return found
+
+    (one,) = left("down/here")
+    assert one.key.startswith("down/here/")
+    assert abs(one.modified - time.time()) < 60
+    assert left("down/her") == []
+    store.collect("", lambda entry: entry.key.startswith("down/"))
+    assert left("") == []
     assert store.publish("victim", path)
     assert store.read("victim") == path.read_bytes()
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from calotype import config
 from calotype.data.draws import philox
-from calotype.data.files import FolderStore
+from calotype.data.files import PARTIAL, FolderStore
 from calotype.environment import Worker
 from calotype.errors import CalotypeError
 from calotype.runs import Record
@@ -241,6 +241,7 @@ def killed(folder: str, world: int) -> None:
             found = json.loads(Path(place, "losses.json").read_text())
             same = found == {images: loss for images, loss in losses.items() if int(images) > newest}
             same &= tensors(store) == tensors(there) and checkpoint.committed(store) == [3 * EVERY]
+            same &= not [*store.path.rglob(f"{PARTIAL}*")]
             print(f"rank {victim} after {kill_after}: from {newest} {'bit by bit' if same else 'differs'}", flush=True)
 
 

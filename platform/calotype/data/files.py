@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -103,6 +103,15 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the key; nothing happens if there is none."""
+
+    @abstractmethod
+    def collect(self, prefix: str, dead: Callable[[Entry], bool]) -> None:
+        """Remove what writers that were killed left below the folder `prefix`: bytes that never got their key.
+
+        Args:
+            dead: whether nobody can be writing it any more.  Its key says in which folder it lies, by all but its last
+                part; its size may be unknown, 0.
+        """
 
     @abstractmethod
     def ensure(self) -> None:
@@ -198,6 +207,13 @@ class FolderStore(Store):
 
     def delete(self, key: str) -> None:
         (self.path / checked(key, self.uri)).unlink(missing_ok=True)
+
+    def collect(self, prefix: str, dead: Callable[[Entry], bool]) -> None:
+        for path in [*self._folder(prefix).rglob(f"{PARTIAL}*")]:
+            with suppress(FileNotFoundError):  # it got its name, or another process was faster
+                status = path.stat()
+                if dead(Entry(path.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)):
+                    path.unlink()
 
     def ensure(self) -> None:
         try:

@@ -12,6 +12,7 @@ from calotype.data.manifest import sidecar_key
 from calotype.data.store import Store
 
 DELETERS = 16  # shards deleted at once
+WRITTEN = 3600.0  # seconds that no file takes to be written
 SIDECAR = sidecar_key("")  # how the keys of sidecars end
 
 
@@ -33,6 +34,16 @@ def find(root: Store, kept: Mapping[str, Collection[str]], spared: float) -> dic
         if lost:
             found[encoding] = lost
     return found
+
+
+def collect_unfinished(root: Store, spared: float) -> None:
+    """Remove what workers that were killed left of files that never got their names: nobody can have read it.
+
+    Args:
+        spared: seconds: what is younger stays, and in any case what somebody may be writing.
+    """
+    last = time.time() - max(spared, WRITTEN)
+    root.collect("latents", lambda entry: entry.modified < last)
 
 
 def stem(entry: Entry) -> str:

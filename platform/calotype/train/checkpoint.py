@@ -193,7 +193,7 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
 
     Kept are the newest `keep`, the first one at or after each multiple of `keep_every`, and those that `hold` marked.
     Deleted are older ones, what was never committed before `images`, and what died attempts left beside the files of
-    `images`.
+    `images`, unfinished files and uploads too.
     """
     known = committed(store)
     kept = set(known[-keep:])
@@ -208,6 +208,7 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     named = {COMMIT, KEPT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
     for key in [entry.key for entry in there.list() if entry.key not in named]:
         there.delete(key)
+    store.collect(FOLDER, lambda entry: (number := entry.key.split("/")[1]).isdigit() and int(number) <= images)
 
 
 def damaged(store: Store, images: int) -> bool:
