@@ -192,7 +192,7 @@ def submit_resolved(job: str, resolved: Any) -> str | None:
     store = open_store(resolved.root).at("runs", identity)
     key = f"submitted/{attempt:04d}-{os.urandom(3).hex()}.json"
     store.write(key, json.dumps(compose.as_data(resolved), indent=1).encode())
-    return jobs.submit(job, f"{job}-{identity[:8]}-{key[10:21]}", f"{store.uri}/{key}")
+    return jobs.submit(job, f"{job}-{identity[:8]}-{key[10:21]}", f"{store.uri}/{key}", resolved.name)
 
 
 def submit(argv: Sequence[str]) -> int:
@@ -278,29 +278,31 @@ def stop_stack(args: argparse.Namespace) -> int:
 def show_submissions(args: argparse.Namespace) -> int:
     from calotype.cluster import jobs
 
-    console.table("submissions", ["id", "status", "started", "seconds", "message"], jobs.ps())
+    console.table("submissions", ["id", "run", "status", "started", "seconds", "message"], jobs.ps())
     return 0
 
 
 def show_logs(args: argparse.Namespace) -> int:
     from calotype.cluster import jobs
 
+    identifier = jobs.named(args.id)
     if args.follow:
-        jobs.follow(args.id)
-        if message := jobs.wait(args.id):
+        jobs.follow(identifier)
+        if message := jobs.wait(identifier):
             raise CalotypeError(message)
         return 0
-    console.follow(jobs.logs(args.id))
+    console.follow(jobs.logs(identifier))
     return 0
 
 
 def cancel(args: argparse.Namespace) -> int:
     from calotype.cluster import jobs
 
-    if (ended := jobs.cancel(args.id)) == "stopped":
-        print(f"{args.id} is stopped; what it had is kept, and the same command goes on")
+    identifier = jobs.named(args.id)
+    if (ended := jobs.cancel(identifier)) == "stopped":
+        print(f"{identifier} is stopped; what it had is kept, and the same command goes on")
     else:
-        print(f"{args.id} had {ended} already: nothing to stop")
+        print(f"{identifier} had {ended} already: nothing to stop")
     return 0
 
 
@@ -335,9 +337,10 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("plan", help="what a job will take: calotype plan JOB [overrides...]", add_help=False)
     verb("ps", "list submissions", show_submissions)
     logs = verb("logs", "print the log of a submission", show_logs)
-    logs.add_argument("id")
+    logs.add_argument("id", metavar="ID", help="of the submission, or the name of a run: its newest one")
     logs.add_argument("-f", "--follow", action="store_true", help="until it ends; exits as the job did")
-    verb("cancel", "stop a submission after a last checkpoint", cancel).add_argument("id")
+    stop = verb("cancel", "stop a submission after a last checkpoint", cancel)
+    stop.add_argument("id", metavar="ID", help="of the submission, or the name of a run: its newest one")
     listed = verb("runs", "list runs: calotype runs; one of them: calotype runs show NAME", show_runs)
     listed.add_argument("show", nargs="?", choices=["show"], help="show one run instead of the list")
     listed.add_argument("name", nargs="?", default="", help="name or identity")

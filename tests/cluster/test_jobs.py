@@ -76,7 +76,7 @@ def in_checkout(checkout: Path, code: str) -> str:
 
 def submit(checkout: Path, what: str) -> str:
     identifier = f"probe-{secrets.token_hex(4)}"
-    in_checkout(checkout, f"jobs.submit('probe', {identifier!r}, {what!r})")
+    in_checkout(checkout, f"jobs.submit('probe', {identifier!r}, {what!r}, 'my {what}')")
     return identifier
 
 
@@ -104,7 +104,7 @@ def test_an_edited_checkout_runs_its_edits_in_driver_and_workers(stack: Any, che
     assert stack.env["MLFLOW_TRACKING_URI"] in worker
     assert identifier in worker
     assert "has keys" in worker
-    assert [row[1] for row in jobs.ps() if row[0] == identifier] == ["succeeded"]
+    assert [row[1:3] for row in jobs.ps() if row[0] == identifier] == [["my worker", "succeeded"]]
 
 
 def test_nothing_secret_is_in_what_ray_shows_of_a_job(stack: Any, checkout: Path) -> None:
@@ -120,10 +120,12 @@ def test_a_failed_job_says_why_and_its_id_is_not_used_twice(stack: Any, checkout
     assert jobs.wait(identifier) == f"{identifier} failed: the reason"
     assert jobs.logs(identifier)[-1] == "calotype: the reason"
     row = next(row for row in jobs.ps() if row[0] == identifier)
-    assert row[1] == "failed"
-    assert row[4] == "the reason"
+    assert row[2] == "failed"
+    assert row[5] == "the reason"
+    newer = submit(checkout, "fail")
+    assert [jobs.named(word) for word in (identifier, "my fail", "run:my fail")] == [identifier, newer, newer]
     with pytest.raises(CalotypeError, match="already exists"):
-        jobs.submit("probe", identifier, "fail")
+        jobs.submit("probe", identifier, "fail", "mine")
 
 
 def test_cancel_lets_a_job_save(stack: Any, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +146,7 @@ def test_cancel_lets_a_job_save(stack: Any, checkout: Path, capsys: pytest.Captu
 
 def test_no_such_job_no_such_cluster_wrong_token(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CalotypeError, match="'nobody': `calotype ps` lists them"):
-        jobs.logs("nobody")
+        jobs.named("nobody")
     with monkeypatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", "wrong")
         with pytest.raises(CalotypeError, match="refuses the token"):

@@ -35,6 +35,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 GRACE = 120  # seconds a cancelled job has for its last checkpoint, before Ray kills it
 OUTAGE = 60.0  # seconds of silence of the cluster that following a job survives
 POLL = 0.3
+NAME = "calotype.name"  # among what Ray keeps with a submission
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as Ray and as a shell say it
 
 
@@ -42,12 +43,13 @@ class Unanswered(CalotypeError):
     """The cluster does not answer."""
 
 
-def submit(job: str, identifier: str, resolved: str) -> str:
+def submit(job: str, identifier: str, resolved: str, name: str) -> str:
     """Run `jobs/JOB.py --resolved URI` on the cluster.
 
     Args:
         identifier: becomes the submission's id; Ray refuses one that exists, so a repeated call starts nothing twice.
         resolved: URI of the resolved config, as JSON.
+        name: the run's, by which `named` finds the submission.
 
     Returns:
         The submission's id.
@@ -56,7 +58,7 @@ def submit(job: str, identifier: str, resolved: str) -> str:
         "submission_id": identifier,
         "entrypoint": f"python {shlex.join([f'jobs/{job}.py', '--resolved', resolved])}",
         "runtime_env": {"working_dir": upload(), "env_vars": environment(identifier)},
-        "metadata": {"calotype.job": job},
+        "metadata": {"calotype.job": job, NAME: name},
     }
     return str(_json("POST", "/api/jobs/", request)["submission_id"])
 
@@ -77,15 +79,29 @@ def environment(identifier: str) -> dict[str, str]:
 
 
 def ps() -> list[list[str]]:
-    """Submissions, newest last: id, status, when started, seconds, message."""
+    """Submissions, newest last: id, name of its run, status, when started, seconds, message."""
     rows = []
-    for info in sorted(_json("GET", "/api/jobs/"), key=lambda info: info["start_time"] or 0):
-        if info["submission_id"]:
-            start, end = (info["start_time"] or 0) / 1000, (info["end_time"] or time.time() * 1000) / 1000
-            began = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
-            message = textwrap.shorten(_reason(info), 100) if info["status"] == "FAILED" else ""
-            rows.append([info["submission_id"], info["status"].lower(), began, f"{end - start:.0f}", message])
+    for info in _all():
+        start, end = (info["start_time"] or 0) / 1000, (info["end_time"] or time.time() * 1000) / 1000
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
+        message = textwrap.shorten(_reason(info), 100) if info["status"] == "FAILED" else ""
+        status = info["status"].lower()
+        rows.append([info["submission_id"], _name(info), status, began, f"{end - start:.0f}", message])
     return rows
+
+
+def named(word: str) -> str:
+    """The submission of that id, else the newest one of a run of that name.
+
+    Raises:
+        CalotypeError: there is none.
+    """
+    known = _all()
+    if word in [info["submission_id"] for info in known]:
+        return word
+    if not (found := [info for info in known if _name(info) == word.removeprefix("run:")]):
+        raise CalotypeError(f"no submission is called {word!r}: `calotype ps` lists them")
+    return str(found[-1]["submission_id"])
 
 
 def logs(identifier: str) -> list[str]:
@@ -141,6 +157,16 @@ def _tail(identifier: str) -> Iterator[str]:
         if ended:
             return
         time.sleep(max(POLL, min(30.0, 20 * (time.monotonic() - start))))
+
+
+def _all() -> list[Any]:
+    """What Ray tells of every submission, newest last."""
+    found = [info for info in _json("GET", "/api/jobs/") if info["submission_id"]]
+    return sorted(found, key=lambda info: info["start_time"] or 0)
+
+
+def _name(info: Any) -> str:
+    return str((info.get("metadata") or {}).get(NAME, ""))
 
 
 def _log(identifier: str) -> str:
