@@ -17,7 +17,7 @@ PLATFORM = ROOT / "platform"
 FLOORS = (
     ("errors", "config", "checks", "compose", "environment", "console", "sentences", "outbox", "provenance"),
     ("data", "model", "train", "track", "runs", "pictures", "unsent", "machine", "listing", "caches", "registry"),
-    ("tasks", "cluster", "cli", "data_verbs", "cache_verbs", "plan_verb", "model_verbs", "demo", "__main__"),
+    ("tasks", "cluster", "cli", "sweep", "data_verbs", "cache_verbs", "plan_verb", "model_verbs", "demo", "__main__"),
     ("jobs", "hydra_plugins"),
 )
 # Narrower than floors: rooms of one floor that must not see each other.

@@ -154,17 +154,19 @@ def test_gc_deletes_what_nobody_refers_to_and_asks_first(config: CacheLatents, s
     run(newer)
     forgotten = replace(config, encoding=replace(config.encoding, resolution=8))
     task.make(forgotten, Worker())(task.plan(forgotten)[0])
+    status, out = say("gc")  # all of it is younger than a day
+    assert (status, "nothing else under" in out) == (0, True)
+    assert "are younger than 24 hours and stay: --hours 0 takes them too" in out
     cut_off = [Path(config.root, "latents", f"{PARTIAL}{name}") for name in ("now", "before")]
     for path in cut_off:
         path.write_bytes(b"half a shard")
     os.utime(cut_off[1], (0, 0))
-    status, out = say("gc")  # all of it is younger than a day
-    assert (status, "nothing else under" in out) == (0, True)
-    assert "are younger than 24 hours and stay: --hours 0 takes them too" in out
     status, out = say("gc", "--hours", "0")
     assert status == 1
     assert "say --yes" in out
     assert latents_of(forgotten).list("encoding.json")
+    assert "unfinished files" in out
+    assert all(path.exists() for path in cut_off)
     status, out = say("gc", "--hours", "0", "--yes")
     assert status == 0
     assert list(latents_of(forgotten).list()) == []

@@ -286,15 +286,14 @@ def _gc(args: argparse.Namespace) -> int:
         if one.users:
             users = _named(one.users, runs.names(args.root))
             raise CalotypeError(f"cache {one.id[:8]} of dataset {one.dataset} is what {users} trained on: it stays")
-    garbage.collect_unfinished(root, args.hours * 3600)
     ids = {one.id for one in given_up}
     kept = caches.kept(args.root, ids)
     found, whole = garbage.find(root, kept, args.hours * 3600), garbage.find(root, kept, 0)
-    young = _size(whole) - _size(found)
+    young, cut = _size(whole) - _size(found), {"": garbage.unfinished(root, args.hours * 3600)}
     spared = (
         f"; {size(young)} are younger than {args.hours:g} hours and stay: --hours 0 takes them too" if young else ""
     )
-    if not found and not given_up:
+    if not found and not given_up and not cut[""]:
         print(f"nothing{' else' * bool(young)} under {args.root}/latents is without a cache or run that refers to it"
               f"{spared}")  # fmt: skip
         return 0
@@ -303,8 +302,10 @@ def _gc(args: argparse.Namespace) -> int:
         shards = sum(entry.key.endswith(".tar") for entry in entries)
         about = _words(stored_encoding(root, encoding) or {}) or "unknown"
         rows.append([f"latents/{encoding[:8]}", "", about, shards, size(sum(entry.size for entry in entries))])
+    if cut[""]:
+        rows.append(["unfinished files", "", "", "", size(_size(cut))])
     console.table(f"to be deleted under {args.root}", ["what", "dataset", "encoding", "shards", "size"], rows)
-    if not _agreed(args, f"Delete {size(_size(found))}{spared}?"):
+    if not _agreed(args, f"Delete {size(_size(found | cut))}{spared}?"):
         return 1
     for one in given_up:
         place = root.at("caches", one.id)
@@ -316,7 +317,9 @@ def _gc(args: argparse.Namespace) -> int:
     going = {encoding: [entry for entry in entries if entry in found[encoding]]
              for encoding, entries in still.items() if encoding in found}  # fmt: skip
     garbage.delete(root, going)
-    print(f"{size(_size(going))} deleted{spared}")
+    for entry in cut[""]:
+        root.give_up(entry)
+    print(f"{size(_size(going | cut))} deleted{spared}")
     return 0
 
 

@@ -31,7 +31,7 @@ from calotype.config import JOBS
 from calotype.data.store import open_store
 from calotype.environment import home, load_services
 from calotype.errors import CalotypeError
-from calotype.sweep import Sweep
+from calotype.sweep import Child, Sweep
 
 Run = Callable[[Any, runs.Record, track.Tracker], dict[str, Any]]
 Resolve = Callable[[Any], Any]
@@ -52,16 +52,16 @@ def job_main(job: str, resolve: Resolve, run: Run) -> None:
             data = json.loads(open_store(folder).read(key))
             execute(job, compose.build(JOBS[job], data), run)
             return
-        sweep = Sweep(job)
 
-        def body(config: Any) -> None:
-            resolved = sweep.take(resolve(config))
+        def body(child: Child, config: Any) -> None:
+            child.config = resolved = resolve(config)
             if not _already_done(job, resolved):
                 execute(job, resolved, run)
                 _bring(job, resolved)
+            child.state = "finished"
 
-        compose.hydra_main(job, lambda make, overrides: sweep.run(make, overrides, body), argv)
-        sweep.close()
+        with Sweep(job) as sweep:
+            compose.hydra_main(job, lambda make, overrides: sweep.run(make, overrides, body), argv)
 
 
 def execute(job: str, config: Any, run: Run) -> dict[str, Any]:
@@ -206,24 +206,28 @@ def submit(argv: Sequence[str]) -> int:
         if argv and argv[0] not in ("-h", "--help", *JOBS):
             raise CalotypeError(f"{argv[0]!r} is not a job: choose one of {', '.join(JOBS)}")
         return 0 if argv else 2
-    job, sweep = argv[0], Sweep(argv[0])
-    submitted: dict[str, Any] = {}
+    job = argv[0]
+    submitted: dict[str, Child] = {}
 
-    def body(config: Any) -> None:
-        resolved = sweep.take(resolve(job, config))
+    def body(child: Child, config: Any) -> None:
+        child.config = resolved = resolve(job, config)
         if identifier := submit_resolved(job, resolved):
-            submitted[identifier] = resolved
+            submitted[identifier] = child
             print(f"submitted {identifier}", flush=True)
+        child.state = "submitted" if identifier else "finished"
 
-    compose.hydra_main(job, lambda make, overrides: sweep.run(make, overrides, body), argv[1:])
-    if wait and len(submitted) == 1:
-        jobs.follow(*submitted)
-    for identifier, resolved in submitted.items() if wait else ():
-        if message := jobs.wait(identifier):
-            sweep.failures.append(message)
-        else:
-            _bring(job, resolved)
-    sweep.close()
+    with Sweep(job) as sweep:
+        compose.hydra_main(job, lambda make, overrides: sweep.run(make, overrides, body), argv[1:])
+        if wait and len(submitted) == 1:
+            jobs.follow(*submitted)
+        for identifier, child in submitted.items() if wait else ():
+            try:
+                child.error = jobs.wait(identifier)
+                child.state = "failed" if child.error else "finished"
+                if not child.error:
+                    _bring(job, child.config)
+            except CalotypeError as error:  # the others go on
+                child.error = str(error)
     return 0
 
 
@@ -298,11 +302,10 @@ def show_logs(args: argparse.Namespace) -> int:
 def cancel(args: argparse.Namespace) -> int:
     from calotype.cluster import jobs
 
-    identifier = jobs.named(args.id)
-    if (ended := jobs.cancel(identifier)) == "stopped":
-        print(f"{identifier} is stopped; what it had is kept, and the same command goes on")
+    if (ended := jobs.cancel(args.id)) == "stopped":
+        print(f"{args.id} is stopped; what it had is kept, and the same command goes on")
     else:
-        print(f"{identifier} had {ended} already: nothing to stop")
+        print(f"{args.id} had {ended} already: nothing to stop")
     return 0
 
 
@@ -337,10 +340,9 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("plan", help="what a job will take: calotype plan JOB [overrides...]", add_help=False)
     verb("ps", "list submissions", show_submissions)
     logs = verb("logs", "print the log of a submission", show_logs)
-    logs.add_argument("id", metavar="ID", help="of the submission, or the name of a run: its newest one")
+    logs.add_argument("id", metavar="ID", help="of the submission, or the name of a run: its newest")
     logs.add_argument("-f", "--follow", action="store_true", help="until it ends; exits as the job did")
-    stop = verb("cancel", "stop a submission after a last checkpoint", cancel)
-    stop.add_argument("id", metavar="ID", help="of the submission, or the name of a run: its newest one")
+    verb("cancel", "stop a submission after a last checkpoint", cancel).add_argument("id", metavar="ID")
     listed = verb("runs", "list runs: calotype runs; one of them: calotype runs show NAME", show_runs)
     listed.add_argument("show", nargs="?", choices=["show"], help="show one run instead of the list")
     listed.add_argument("name", nargs="?", default="", help="name or identity")

@@ -26,7 +26,6 @@ from calotype.sentences import one_sentence, unknown
 T = TypeVar("T")
 
 IDENTITY_VERSION = 1
-VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn", "--config-dir", "-cd")
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}  # of types, to a user
 HERE = Path(__file__).resolve().parent
 
@@ -94,7 +93,6 @@ def hydra_main(job: str, body: Callable[[Callable[[], Any], list[str] | None], A
     if {"-h", "--help"} & set(argv):
         print(explained(job))
         return
-    _refuse_foreign_flags(argv)
     argv0, sys.argv = sys.argv, [sys.argv[0], *_flags_last(argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one sentence
     try:
@@ -107,25 +105,26 @@ def hydra_main(job: str, body: Callable[[Callable[[], Any], list[str] | None], A
         raise refused[0]
 
 
-def _refuse_foreign_flags(argv: Sequence[str]) -> None:
+def _flags_last(argv: Sequence[str]) -> list[str]:
+    """Flags may stand between overrides, which Hydra's parser wants in one block.
+
+    Raises:
+        ConfigError: one is not a flag.
+    """
     from hydra._internal.utils import get_args_parser
 
     known = get_args_parser()._option_string_actions
-    for word in argv:
-        flag, _, value = word.partition("=")
-        if flag.startswith("--") and flag not in (*known, "--"):
-            raise ConfigError(f"{flag} is not a flag: settings have no dashes, as in {flag[2:]}={value or '...'}")
-
-
-def _flags_last(argv: Sequence[str]) -> list[str]:
-    """Flags may stand between overrides, which Hydra's parser wants in one block."""
     flags: list[str] = []
     words: list[str] = []
-    before = ""
+    valued = False
     for word in argv:
-        its_value = before in VALUED and "=" not in word
-        (flags if word.startswith("-") or its_value else words).append(word)
-        before = word
+        name, _, value = word.partition("=")
+        if name.startswith("--") and name not in (*known, "--"):
+            setting = name.lstrip("-")
+            meant = f": settings have no dashes, as in {setting}={value or '...'}" if "-" not in setting else ""
+            raise ConfigError(f"{name} is not a flag{meant or ': --help lists them'}")
+        (flags if word.startswith("-") or (valued and "=" not in word) else words).append(word)
+        valued = word in known and known[word].nargs != 0
     return [*words, *flags]
 
 

@@ -2,64 +2,95 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
 from calotype import compose, console, listing, runs, track
 from calotype.errors import CalotypeError
 
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Child:
+    """One combination, and how far it is.
+
+    Attributes:
+        config: resolved; None while it is not.
+        state: refused | failed | submitted | finished.
+        error: why it failed, in one sentence.
+    """
+
+    overrides: list[str] = field(default_factory=list)
+    config: Any = None
+    state: str = ""
+    error: str = ""
+
 
 class Sweep:
-    """Without -m it is nothing but what runs the one child."""
+    """The children of one command line; without -m there is one, which nobody makes a table of.  A context manager:
+
+    Raises:
+        CalotypeError: at its end; names the children that failed.
+    """
 
     def __init__(self, job: str) -> None:
         self.job = job
         self.parent = ""
-        self.failures: list[str] = []
-        self._children: list[tuple[list[str], Any]] = []  # overrides, resolved config (None: it was refused)
+        self.children: list[Child] = []
 
-    def run(self, make: Callable[[], Any], overrides: list[str] | None, body: Callable[[Any], None]) -> None:
-        """`body(config)` on what `make` composes: as it is, or (under -m) as a child of the parent run."""
+    def __enter__(self) -> Sweep:
+        return self
+
+    def run(self, make: Callable[[], Any], overrides: list[str] | None, body: Callable[[Child, Any], None]) -> None:
+        """`body(child, config)` on what `make` composes: as it is, or (under -m) as a child of the parent run."""
+        self.children.append(child := Child(overrides or []))
         if overrides is None:
-            body(make())
+            body(child, make())
             return
-        label = " ".join(overrides)
-        print(f"--- {self.job} {label}", flush=True)
-        self._children.append((overrides, None))
+        print(f"--- {self.job} {' '.join(overrides)}", flush=True)
         try:
+            child.state = "refused"
             config = make()
+            child.state = "failed"
             self.parent = self.parent or track.open_parent(config, self.job)
-            body(dataclasses.replace(config, track=dataclasses.replace(config.track, parent=self.parent)))
+            body(child, replace(config, track=replace(config.track, parent=self.parent)))
         except CalotypeError as error:
             print(f"calotype: {error}", file=sys.stderr, flush=True)
-            self.failures.append(f"{label}: {error}")
+            child.error = str(error)
+        except Exception as error:  # a bug, which need not be its siblings'
+            traceback.print_exc()
+            child.error = f"{type(error).__name__}: {error}"
 
-    def take(self, resolved: Any) -> Any:
-        """The same, which the table looks up: what the current child came to be."""
-        if self._children:
-            self._children[-1] = (self._children[-1][0], resolved)
-        return resolved
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failed = [child for child in self.children if child.error]
+        if any(child.overrides for child in self.children):
+            self._show()
+        try:
+            track.close_parent(self.parent, "KILLED" if error else "FAILED" if failed else "FINISHED")
+        except Exception as away:  # it holds nothing but its children
+            log.warning("the sweep's own run in MLflow stays open: %s", away)
+        if failed and error is None:
+            labels = [f"{' '.join(child.overrides)}: " if child.overrides else "" for child in failed]
+            raise CalotypeError("; ".join(label + one.error for label, one in zip(labels, failed, strict=True)))
 
-    def close(self) -> None:
-        """End the parent run and print what its children came to; a CalotypeError names those that failed."""
-        if self.parent:
-            track.close_parent(self.parent, "FAILED" if self.failures else "FINISHED")
-        if self._children:
-            several = len(self._children) > 1
-            everywhere = set.intersection(*(set(words) for words, _ in self._children)) if several else set[str]()
-            differing = [" ".join(one for one in words if one not in everywhere) for words, _ in self._children]
-            rows = [[words, *self._came_to(made)] for words, (_, made) in zip(differing, self._children, strict=True)]
-            console.table(f"{self.job} -m", ["settings", "run", "status", "figures"], rows)
-            if page := track.page(self.parent):
-                print(f"their parent in MLflow: {page}")
-        if self.failures:
-            raise CalotypeError("; ".join(self.failures))
-
-    def _came_to(self, resolved: Any) -> list[str]:
-        identity = compose.identity(self.job, resolved) if resolved is not None else ""
-        record = runs.load(resolved.root, identity) if identity else None
-        if record is None:
-            return [identity[:8], "not started", ""]
-        return [identity[:8], record.status(), listing.headline(record.result())]
+    def _show(self) -> None:
+        several = len(self.children) > 1
+        everywhere = set.intersection(*(set(child.overrides) for child in self.children)) if several else set[str]()
+        rows = []
+        for child in self.children:
+            differs = " ".join(word for word in child.overrides if word not in everywhere)
+            identity = compose.identity(self.job, child.config) if child.config is not None else ""
+            record = runs.load(child.config.root, identity) if child.state == "finished" else None
+            figures = listing.headline(record.result()) if record else ""
+            rows.append([differs, identity[:8], child.state, figures])
+        console.table(f"{self.job} -m", ["settings", "run", "status", "figures"], rows)
+        if page := track.page(self.parent):
+            print(f"their parent in MLflow: {page}")

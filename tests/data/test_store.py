@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from calotype.data import s3 as rooms
-from calotype.data.files import Entry
+from calotype.data.files import FolderStore
 from calotype.data.store import Missing, Store, open_store
 from calotype.errors import CalotypeError, ConfigError, DataError
 
@@ -164,17 +164,15 @@ def test_a_killed_writer_leaves_nothing_visible(store: Store, tmp_path: Path) ->
     assert done.returncode == -9
     assert (store.exists("down/here/victim"), list(store.list()), store.folders()) == (False, [], [])
 
-    def left(prefix: str) -> list[Entry]:
-        found: list[Entry] = []
-        store.collect(prefix, lambda entry: bool(found.append(entry)))
-        return found
-
-    (one,) = left("down/here")
-    assert one.key.startswith("down/here/")
-    assert abs(one.modified - time.time()) < 60
-    assert left("down/her") == []
-    store.collect("", lambda entry: entry.key.startswith("down/"))
-    assert left("") == []
+    left = list(store.unfinished("down"))
+    assert len(left) == isinstance(store, FolderStore)
+    assert list(store.unfinished("dow")) == []
+    for entry in left:
+        assert entry.key.startswith("down/here/")
+        assert entry.size == MIB
+        assert abs(entry.modified - time.time()) < 60
+        store.give_up(entry)
+    assert list(store.unfinished("")) == []
     assert store.publish("victim", path)
     assert store.read("victim") == path.read_bytes()
 

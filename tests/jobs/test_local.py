@@ -137,7 +137,7 @@ def test_a_sweep_runs_every_combination_and_fails_if_one_does(job: Job, line: Pa
     assert [one.split()[0], two.split()[0]] == ["sampler.steps=1", "sampler.steps=2"]
     assert all("finished" in line and "images 1" in line for line in (one, two))
     assert refused.split()[0] == "sampler.steps=0"
-    assert "not started" in refused
+    assert " refused " in refused
     assert "sampler.steps=0: sampler.steps=0" in last
     out = job(
         "sample",

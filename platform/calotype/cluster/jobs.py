@@ -91,7 +91,7 @@ def ps() -> list[list[str]]:
 
 
 def named(word: str) -> str:
-    """The submission of that id, else the newest one of a run of that name.
+    """The submission of that id, else the newest one of a run of that name, one that has not ended before others.
 
     Raises:
         CalotypeError: there is none.
@@ -99,7 +99,9 @@ def named(word: str) -> str:
     known = _all()
     if word in [info["submission_id"] for info in known]:
         return word
-    if not (found := [info for info in known if _name(info) == word.removeprefix("run:")]):
+    found = [info for info in known if _name(info) and _name(info) == word.removeprefix("run:")]
+    found.sort(key=lambda info: info["status"] not in ENDED)
+    if not found:
         raise CalotypeError(f"no submission is called {word!r}: `calotype ps` lists them")
     return str(found[-1]["submission_id"])
 
@@ -195,7 +197,7 @@ def _surviving(ask: Any) -> Any:
 
 def _reason(info: Any) -> str:
     """The last thing a failed job said; of one that was killed, that it was."""
-    code = re.search(r"failed with exit code (-?\d+)", info.get("message") or "")
+    code = re.match(r"Job entrypoint command failed with exit code (-?\d+)", info.get("message") or "")
     if code and int(code[1]) in KILLED:
         return "its driver was killed, by somebody or for want of memory: the same command goes on"
     lines = [console.RAY_PREFIX.sub("", line).strip() for line in (info.get("message") or "").splitlines()]

@@ -10,7 +10,7 @@ The URI is in no manifest: a bucket that moves is the same dataset, with the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -91,9 +91,6 @@ class Elsewhere(Store):
 
     def delete(self, key: str) -> None:
         self._mine(key).delete(key)
-
-    def collect(self, prefix: str, dead: Callable[[Entry], bool]) -> None:
-        self.home.collect(prefix, dead)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         found = list(self.home.list(prefix))

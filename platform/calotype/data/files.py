@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -104,14 +104,17 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove the key; nothing happens if there is none."""
 
-    @abstractmethod
-    def collect(self, prefix: str, dead: Callable[[Entry], bool]) -> None:
-        """Remove what writers that were killed left below the folder `prefix`: bytes that never got their key.
+    def unfinished(self, prefix: str) -> Iterator[Entry]:
+        """What writers that were killed left below the folder `prefix`, and living ones write, that has no key yet.
 
-        Args:
-            dead: whether nobody can be writing it any more.  Its key says in which folder it lies, by all but its last
-                part; its size may be unknown, 0.
+        Empty for a bucket: a put is whole or nothing there, and what is left of one in parts (only keys above 8 MB that
+        are replaced, and above 5 GiB, come in parts) is its lifecycle rules' to end.
         """
+        yield from ()
+
+    def give_up(self, unfinished: Entry) -> None:
+        """Remove one of those; nothing happens if it is gone."""
+        self.delete(unfinished.key)
 
     @abstractmethod
     def ensure(self) -> None:
@@ -171,7 +174,7 @@ class FolderStore(Store):
         except FileExistsError:
             return False
         finally:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         _sync_folder(final.parent)
         return True
 
@@ -208,12 +211,14 @@ class FolderStore(Store):
     def delete(self, key: str) -> None:
         (self.path / checked(key, self.uri)).unlink(missing_ok=True)
 
-    def collect(self, prefix: str, dead: Callable[[Entry], bool]) -> None:
+    def unfinished(self, prefix: str) -> Iterator[Entry]:
         for path in [*self._folder(prefix).rglob(f"{PARTIAL}*")]:
-            with suppress(FileNotFoundError):  # it got its name, or another process was faster
+            with suppress(FileNotFoundError):  # it got its name meanwhile
                 status = path.stat()
-                if dead(Entry(path.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)):
-                    path.unlink()
+                yield Entry(path.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)
+
+    def give_up(self, unfinished: Entry) -> None:
+        (self.path / unfinished.key).unlink(missing_ok=True)
 
     def ensure(self) -> None:
         try:

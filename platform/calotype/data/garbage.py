@@ -36,14 +36,14 @@ def find(root: Store, kept: Mapping[str, Collection[str]], spared: float) -> dic
     return found
 
 
-def collect_unfinished(root: Store, spared: float) -> None:
-    """Remove what workers that were killed left of files that never got their names: nobody can have read it.
+def unfinished(root: Store, spared: float) -> list[Entry]:
+    """What workers that were killed left of files that never got their names.
 
     Args:
         spared: seconds: what is younger stays, and in any case what somebody may be writing.
     """
     last = time.time() - max(spared, WRITTEN)
-    root.collect("latents", lambda entry: entry.modified < last)
+    return [entry for entry in root.unfinished("latents") if entry.modified < last]
 
 
 def stem(entry: Entry) -> str:

@@ -228,23 +228,6 @@ class S3Store(Store):
         with _explained(f"{self.uri}/{key}"):
             _client().delete_object(Bucket=self.bucket, Key=self._name(key))
 
-    def collect(self, prefix: str, dead: Callable[[Entry], bool]) -> None:
-        """As `Store.collect`: uploads in parts.  A bucket that does not let us list them ends them by its own rules."""
-        below = f"{self._name(prefix)}/" if prefix else self._below()
-        with _explained(self.uri):
-            pages = _client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=below)
-            try:
-                found = [item for page in pages for item in page.get("Uploads", ())]
-            except botocore.exceptions.ClientError as error:
-                if _code(error) in ("AccessDenied", "MethodNotAllowed", "NotImplemented"):
-                    return
-                raise
-            for item in found:
-                if dead(Entry(item["Key"][len(self._below()) :], 0, item["Initiated"].timestamp())):
-                    where = {"Bucket": self.bucket, "Key": item["Key"], "UploadId": item["UploadId"]}
-                    with suppress(_client().exceptions.NoSuchUpload):  # another process was faster
-                        _client().abort_multipart_upload(**where)
-
     def ensure(self) -> None:
         with _explained(self.uri):
             try:

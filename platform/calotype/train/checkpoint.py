@@ -188,12 +188,12 @@ def weights(store: Store, images: int, engine: str, ema: bool = True, halflife: 
         return {name: tensor.clone() for name, tensor in found.tensors[kind].items()}
 
 
-def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
+def forget(store: Store, images: int, keep: int, keep_every: int = 0, since: float = 0.0) -> None:
     """Collect what is not wanted any more, once `images` are committed.
 
     Kept are the newest `keep`, the first one at or after each multiple of `keep_every`, and those that `hold` marked.
     Deleted are older ones, what was never committed before `images`, and what died attempts left beside the files of
-    `images`, unfinished files and uploads too.
+    `images`; and of unfinished files those from before `since`, when this attempt began.
     """
     known = committed(store)
     kept = set(known[-keep:])
@@ -208,7 +208,9 @@ def forget(store: Store, images: int, keep: int, keep_every: int = 0) -> None:
     named = {COMMIT, KEPT, *_commit(store, images)[0]["files"]}  # of the commit that stands, if another was first
     for key in [entry.key for entry in there.list() if entry.key not in named]:
         there.delete(key)
-    store.collect(FOLDER, lambda entry: (number := entry.key.split("/")[1]).isdigit() and int(number) <= images)
+    for entry in store.unfinished(FOLDER):
+        if entry.modified < since:
+            store.give_up(entry)
 
 
 def damaged(store: Store, images: int) -> bool:

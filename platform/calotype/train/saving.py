@@ -84,6 +84,7 @@ class Saving:
         told: Callable[[int], None] = lambda images: None,
     ) -> None:
         self.engines, self.config, self.worker, self.record, self.told = engines, config, worker, record, told
+        self._since = time.time()
         self._flight: Flight | None = None
         self._figures: dict[str, float] = {}
         self._group: Any = None  # a GPU need not wait where threads agree
@@ -208,7 +209,8 @@ class Saving:
             parts = _parts(place, self._token, world, flight) if world > 1 else [part]
             shapes = {name: share.shapes for name, share in copied.items()}
             shares.commit(store, images, shapes, parts, state, self.record.check_current)
-            checkpoint.forget(store, images, self.config.train.keep, self.config.train.keep_every)
+            keep = self.config.train
+            checkpoint.forget(store, images, keep.keep, keep.keep_every, self._since)
 
         stalls["checkpoint_stall_seconds"] += sum(share.ready() for share in copied.values())
         part = _patiently(place, flight, upload)
