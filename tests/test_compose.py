@@ -447,6 +447,8 @@ def test_settings_with_dashes_are_refused_by_one_that_has_none(tmp_path: Path) -
     done = job("--name", "mine", "--optim.lr=1", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "calotype: --name is not a flag: settings have no dashes, as in name=...\n"
+    assert job("--no-wait", cwd=tmp_path).stderr == "calotype: --no-wait is not a flag: --help lists them\n"
+    assert job("--cfg=job", "autoencoder.path=run:x", cwd=tmp_path).returncode == 0
 
 
 def test_shell_completion_knows_groups_options_and_settings(tmp_path: Path) -> None:
