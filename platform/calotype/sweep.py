@@ -71,12 +71,12 @@ class Sweep:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         failed = [child for child in self.children if child.error]
-        if any(child.overrides for child in self.children):
-            self._show()
         try:
             track.close_parent(self.parent, "KILLED" if error else "FAILED" if failed else "FINISHED")
         except Exception as away:  # it holds nothing but its children
             log.warning("the sweep's own run in MLflow stays open: %s", away)
+        if any(child.overrides for child in self.children):
+            self._show()
         if failed and error is None:
             labels = [f"{' '.join(child.overrides)}: " if child.overrides else "" for child in failed]
             raise CalotypeError("; ".join(label + one.error for label, one in zip(labels, failed, strict=True)))
