@@ -123,6 +123,7 @@ def test_a_failed_job_says_why_and_its_id_is_not_used_twice(stack: Any, checkout
     assert row[2] == "failed"
     assert row[5] == "the reason"
     newer = submit(checkout, "fail")
+    jobs.wait(newer)
     assert [jobs.named(word) for word in (identifier, "my fail", "run:my fail")] == [identifier, newer, newer]
     with pytest.raises(CalotypeError, match="already exists"):
         jobs.submit("probe", identifier, "fail", "mine")
@@ -146,7 +147,7 @@ def test_cancel_lets_a_job_save(stack: Any, checkout: Path, capsys: pytest.Captu
 
 def test_no_such_job_no_such_cluster_wrong_token(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CalotypeError, match="'nobody': `calotype ps` lists them"):
-        jobs.named("nobody")
+        jobs.logs(jobs.named("nobody"))
     with monkeypatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", "wrong")
         with pytest.raises(CalotypeError, match="refuses the token"):

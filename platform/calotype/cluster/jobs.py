@@ -91,18 +91,12 @@ def ps() -> list[list[str]]:
 
 
 def named(word: str) -> str:
-    """The submission of that id, else the newest one of a run of that name, one that has not ended before others.
-
-    Raises:
-        CalotypeError: there is none.
-    """
+    """The newest submission of a run of that name, one that has not ended before others; else the word, an id."""
     known = _all()
-    if word in [info["submission_id"] for info in known]:
-        return word
     found = [info for info in known if _name(info) and _name(info) == word.removeprefix("run:")]
     found.sort(key=lambda info: info["status"] not in ENDED)
-    if not found:
-        raise CalotypeError(f"no submission is called {word!r}: `calotype ps` lists them")
+    if not found or word in [info["submission_id"] for info in known]:
+        return word
     return str(found[-1]["submission_id"])
 
 

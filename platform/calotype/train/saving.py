@@ -209,8 +209,8 @@ class Saving:
             parts = _parts(place, self._token, world, flight) if world > 1 else [part]
             shapes = {name: share.shapes for name, share in copied.items()}
             shares.commit(store, images, shapes, parts, state, self.record.check_current)
-            keep = self.config.train
-            checkpoint.forget(store, images, keep.keep, keep.keep_every, self._since)
+            settings = self.config.train
+            checkpoint.forget(store, images, settings.keep, settings.keep_every, self._since)
 
         stalls["checkpoint_stall_seconds"] += sum(share.ready() for share in copied.values())
         part = _patiently(place, flight, upload)
